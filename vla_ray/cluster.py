@@ -1,0 +1,100 @@
+"""Connecting to Ray, with defaults for long batch jobs; the cluster's resources in plain numbers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from vla_ray.config import ClusterConfig
+from vla_ray.errors import ClusterError
+
+# Read by Ray's C++ core when it is imported: hides an error line that every actor pool prints (ray issue 53727).
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+# `uv run` would otherwise ship the working directory and run uv again in every worker.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+import ray
+from ray.data import DataContext
+
+logger = logging.getLogger(__name__)
+
+TOKEN = Path.home() / ".ray" / "auth_token"
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What can be asked for. `memory_bytes` is free host memory of this node for a local Ray, Ray's own figure else."""
+
+    local: bool
+    num_cpus: float
+    num_gpus: float
+    memory_bytes: float
+
+
+@contextmanager
+def connect(settings: ClusterConfig) -> Iterator[Cluster]:
+    """Connect to the running cluster, or start Ray inside this process; shut it down at the end.
+
+    Raises:
+        ClusterError: no cluster at the address, or it refuses us.
+    """
+    if ray.is_initialized():  # a notebook or a test that brings its own
+        yield _describe(local=True)
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
+    if address in (None, "local"):
+        ray.init(
+            address="local",
+            num_cpus=settings.num_cpus,
+            object_store_memory=settings.object_store_mb << 20,
+            include_dashboard=settings.dashboard,
+            **quiet,
+        )
+        _keep_token_private()
+    else:
+        if TOKEN.is_file():
+            # A started cluster asks for the token by default, but clients do not offer it unless told.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        try:
+            ray.init(address=address, **quiet)
+        except Exception as e:  # ConnectionError, RuntimeError, AuthenticationError ...: all mean "not connected"
+            raise ClusterError(
+                f"cannot connect to a Ray cluster at {address!r} ({type(e).__name__}: {' '.join(str(e).split())[:200]}). "
+                "Start one with `ray start --head`, or leave cluster.address out to run Ray inside the job; if it asks "
+                "for a token, export RAY_AUTH_MODE=token."
+            ) from e
+    _set_data_defaults()
+    try:
+        yield _describe(local=address in (None, "local"))
+    finally:
+        ray.shutdown()
+
+
+def _describe(local: bool) -> Cluster:
+    resources = ray.cluster_resources()
+    memory = float(psutil.virtual_memory().available) if local else float(resources.get("memory", 0.0))
+    return Cluster(local, resources.get("CPU", 0.0), resources.get("GPU", 0.0), memory)
+
+
+def _set_data_defaults() -> None:
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts frames, not blocks
+    context.print_on_execution_start = False
+    # Loading a model or waiting for a GPU may take longer than any default.
+    context.execution_options.verbose_progress = False
+    context.execution_no_progress_timeout_s = -1
+    context.max_consecutive_actor_init_deaths = 3
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _keep_token_private() -> None:
+    """Ray creates the token readable by everyone."""
+    if TOKEN.is_file() and TOKEN.stat().st_uid == os.getuid():
+        TOKEN.chmod(0o600)

@@ -1,0 +1,145 @@
+"""Every knob of every job: its type, its default, and one line on what it means.
+
+YAML files under configs/ hold values only. A job gets one of these objects, frozen, with relative paths resolved.
+Relative paths typed by the user are taken from VLA_RAY_ROOT when it is set, else from the current directory.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vla_ray.errors import ConfigError, nearest
+
+
+def _knob(default: Any, help: str) -> Any:
+    if callable(default):
+        return field(default_factory=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def resolve_path(path: str) -> str:
+    """An absolute path or a URI. Relative paths start at VLA_RAY_ROOT or the current directory."""
+    if "://" in path:
+        return path
+    base = Path(os.environ.get("VLA_RAY_ROOT") or Path.cwd())
+    return os.path.normpath(base / Path(path).expanduser())
+
+
+def _choose(setting: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{setting}={value!r} is unknown; known: {', '.join(known)}.{nearest(value, known)}")
+
+
+def _at_least(setting: str, value: float | None, low: float) -> None:
+    if value is not None and value < low:
+        raise ConfigError(f"{setting}={value:g} is too small: it must be at least {low:g}.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    config: str | None = _knob(None, "training configuration; null: ../../.hydra/config.yaml seen from the checkpoint")
+    checkpoint: str = _knob("", "pytorch_model.pt in the released layout")
+    variant_dir: str | None = _knob(None, "InternVL2 variant with tokenizer and config.json; null: beside the checkpoint, or the hub")
+    device: str = _knob("auto", "auto | cpu | cuda")
+    dtype: str = _knob("auto", "auto (bfloat16 on cuda, float32 on cpu) | float32 | bfloat16 | float16")
+    max_new_tokens: int = _knob(100, "longest generated text")
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            return  # OmegaConf makes an empty one to merge values into; users of a model refuse it
+        _choose("model.device", self.device, ("auto", "cpu", "cuda"))
+        _choose("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _at_least("model.max_new_tokens", self.max_new_tokens, 1)
+        object.__setattr__(self, "checkpoint", resolve_path(self.checkpoint))
+        # <root>/.hydra/config.yaml and <root>/checkpoints/epoch=NNN.ckpt/pytorch_model.pt, as released.
+        config = self.config or str(Path(self.checkpoint).parent.parent.parent / ".hydra" / "config.yaml")
+        object.__setattr__(self, "config", resolve_path(config))
+        if self.variant_dir is not None:
+            object.__setattr__(self, "variant_dir", resolve_path(self.variant_dir))
+
+
+@dataclass(frozen=True)
+class SplineConfig:
+    enabled: bool = _knob(False, "smooth and resample the trajectory before the kinematics")
+    smoothing: float = _knob(0.0, "Whittaker lambda")
+    num_samples: int = _knob(0, "points after resampling; 0: as many as before")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    address: str | None = _knob(None, "of a running cluster ('auto' finds it); null: RAY_ADDRESS, else Ray in this process")
+    num_cpus: int | None = _knob(None, "CPUs of a local Ray; null: all of the machine's")
+    object_store_mb: int = _knob(512, "object store of a local Ray")
+    dashboard: bool = _knob(False, "start the dashboard with a local Ray")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    mode: str = _knob("disabled", "disabled | offline | online")
+    project: str = _knob("vla_ray", "project name")
+    entity: str | None = _knob(None, "team or user")
+
+    def __post_init__(self) -> None:
+        _choose("wandb.mode", self.mode, ("disabled", "offline", "online"))
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """Frames in, attention and gradients of explained actions out."""
+
+    scene_dir: Any = _knob("", "a scene, a root of scenes, a list of these, or a glob; local or s3://")
+    output_dir: str = _knob("", "where runs are kept; local or s3://")
+    run: str | None = _knob(None, "name; an existing one is resumed; null: capture_<YYMMDD_HHMMSS>")
+    explain_mode: str = _knob("action", "action | text")
+    kinematic_metric: Any = _knob("curv_energy", "one or a list: what is explained of the predicted trajectory")
+    text_token_strategy: Any = _knob("max", "max | last | index: which generated token is explained")
+    text_token_index: int = _knob(0, "for text_token_strategy=index")
+    payload: str = _knob("reduced", "full (attention and gradient of every head) | reduced (means over heads)")
+    payload_dtype: str = _knob("auto", "of a full payload: auto (the model's) | float32 | float16 | bfloat16")
+    image_subdir: str | None = _knob(None, "where a scene keeps its frames, if not directly, in images/ or in frames/")
+    speed_subdir: str | None = _knob(None, "where a scene keeps <stem>.txt with the speed in m/s")
+    default_speed_mps: float = _knob(0.0, "for frames without a recorded speed")
+    limit: int | None = _knob(None, "use only the first N frames")
+    every: int = _knob(1, "use every N-th frame of each scene")
+    max_error_rate: float = _knob(0.05, "a run with a larger share of failed frames exits with 1")
+    retry_failed: bool = _knob(False, "do failed frames again")
+    dry_run: bool = _knob(False, "say what would be done, and stop")
+    replicas: int | None = _knob(None, "model replicas; null: one per GPU, or by CPUs and memory")
+    batch_size: int | None = _knob(None, "frames per batch; null: by device and payload")
+    model: ModelConfig = _knob(ModelConfig, "the model")
+    spline: SplineConfig = _knob(SplineConfig, "trajectory smoothing")
+    cluster: ClusterConfig = _knob(ClusterConfig, "Ray")
+    wandb: WandbConfig = _knob(WandbConfig, "Weights & Biases summary")
+
+    def __post_init__(self) -> None:
+        scenes = [self.scene_dir] if isinstance(self.scene_dir, str) else list(self.scene_dir)
+        if not any(scenes):
+            raise ConfigError("scene_dir is empty; give a scene, a root of scenes, a list, or a glob")
+        object.__setattr__(self, "scene_dir", [resolve_path(str(s)) for s in scenes])
+        object.__setattr__(self, "output_dir", resolve_path(self.output_dir or "outputs"))
+        if not self.model.checkpoint:
+            raise ConfigError("model.checkpoint is empty; give the path of a pytorch_model.pt, or model=simlingo-tiny")
+        _choose("payload", self.payload, ("full", "reduced"))
+        _choose("payload_dtype", self.payload_dtype, ("auto", "float32", "float16", "bfloat16"))
+        _at_least("limit", self.limit, 1)
+        _at_least("every", self.every, 1)
+        _at_least("replicas", self.replicas, 1)
+        _at_least("batch_size", self.batch_size, 1)
+        _at_least("default_speed_mps", self.default_speed_mps, 0)
+        if not 0 <= self.max_error_rate <= 1:
+            raise ConfigError(f"max_error_rate={self.max_error_rate:g} is no share: it must lie between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Print what a payload, a metrics table or a run directory holds."""
+
+    path: str = _knob("", "a payload .pt, a run directory, or a .parquet file")
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("path is empty; give a payload or a run directory: python jobs/show.py path=outputs/demo")
+        object.__setattr__(self, "path", resolve_path(self.path))

@@ -1,0 +1,1 @@
+"""The models, composed of native transformers modules; one package per family."""

@@ -1,0 +1,224 @@
+"""From a picture and a speed to what the model reads: crop, tiles, prompt, placeholders.
+
+Pictures become uint8 tiles (small to ship between processes) and are normalised on the replica's device. `TileGeometry`
+remembers how the tiles lie on the original picture, so that a map can find its way back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
+
+from vla_ray.errors import CheckpointError, SceneError
+from vla_ray.models.simlingo.config import SimLingoConfig
+from vla_ray.models.simlingo.model import PromptBatch
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as InternViT was trained
+CUT_BOTTOM = 4.8  # sixteenths of the picture's height that show the bonnet; whole rows, rounded down
+# Added to the tokenizer at run time, in this order, behind the last row of the embedding table.
+ADDED_TOKENS = (
+    "<WAYPOINTS>",
+    "<WAYPOINTS_DIFF>",
+    "<ORG_WAYPOINTS_DIFF>",
+    "<ORG_WAYPOINTS>",
+    "<WAYPOINT_LAST>",
+    "<ROUTE>",
+    "<ROUTE_DIFF>",
+    "<TARGET_POINT>",
+)
+TARGET_POINT, IMAGE_TOKEN = "<TARGET_POINT>", "<IMG_CONTEXT>"
+Points = tuple[tuple[float, float], tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class TileGeometry:
+    """How tiles lie on the picture. Pixels; boxes are (left, top, right, bottom) on the resized canvas.
+
+    original picture (height x width) -> first `kept_height` rows -> resized to canvas -> cut into boxes.
+    A thumbnail, when there is one, is the last tile and shows the whole canvas.
+    """
+
+    height: int
+    width: int
+    kept_height: int
+    canvas_height: int
+    canvas_width: int
+    boxes: tuple[tuple[int, int, int, int], ...]
+    thumbnail: bool
+
+    @property
+    def num_tiles(self) -> int:
+        return len(self.boxes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TileGeometry:
+        return cls(**{**values, "boxes": tuple(tuple(box) for box in values["boxes"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One frame's prompt: its text, token ids, and the points that fill its placeholders."""
+
+    text: str
+    ids: tuple[int, ...]
+    points: Points | None
+
+
+class Tiler:
+    """Cuts a picture into the model's tiles. Needs no weights and no tokenizer: decode tasks use it alone."""
+
+    def __init__(self, image_size: int, max_tiles: int, cut_bottom: bool, use_thumbnail: bool) -> None:
+        self.image_size, self.max_tiles = image_size, max_tiles
+        self.cut_bottom, self.use_thumbnail = cut_bottom, use_thumbnail
+
+    @classmethod
+    def of(cls, config: SimLingoConfig) -> Tiler:
+        return cls(config.image_size, config.max_tiles, config.cut_bottom, config.use_thumbnail)
+
+    def __call__(self, rgb_HW3: np.ndarray) -> tuple[np.ndarray, TileGeometry]:
+        """uint8 [H, W, 3] -> uint8 tiles [T, S, S, 3] and where they lie."""
+        height, width = rgb_HW3.shape[:2]
+        # A picture of one or two rows keeps one: an empty one cannot be resized.
+        kept = max(1, int(height - height * CUT_BOTTOM // 16)) if self.cut_bottom else height
+        size = self.image_size
+        cols, rows = tile_grid(width, kept, size, self.max_tiles)
+        image = Image.fromarray(rgb_HW3[:kept])
+        canvas = np.asarray(image.resize((size * cols, size * rows), Image.Resampling.BICUBIC))
+        boxes = [(size * c, size * r, size * (c + 1), size * (r + 1)) for r in range(rows) for c in range(cols)]
+        tiles = [canvas[top:bottom, left:right] for left, top, right, bottom in boxes]
+        thumbnail = self.use_thumbnail and len(tiles) > 1
+        if thumbnail:
+            tiles.append(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)))
+            boxes.append((0, 0, size * cols, size * rows))
+        geometry = TileGeometry(height, width, kept, size * rows, size * cols, tuple(boxes), thumbnail)
+        return np.stack(tiles), geometry
+
+
+def tile_grid(width: int, height: int, size: int, max_tiles: int) -> tuple[int, int]:
+    """Columns and rows whose aspect is nearest to the picture's (InternVL's dynamic resolution).
+
+    On a tie the larger grid wins only if the picture has more than half of its pixels.
+    """
+    grids = sorted(
+        {(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1) if c * r <= max_tiles},
+        key=lambda g: (g[0] * g[1], g),
+    )
+    best, best_difference = (1, 1), math.inf
+    for cols, rows in grids:
+        difference = abs(width / height - cols / rows)
+        larger_on_tie = difference == best_difference and width * height > 0.5 * size * size * cols * rows
+        if difference < best_difference or larger_on_tie:
+            best, best_difference = (cols, rows), difference
+    return best
+
+
+def normalise(tiles_TSS3: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 [T, S, S, 3] -> float32 [T, 3, S, S] with ImageNet mean and deviation."""
+    x = torch.as_tensor(np.asarray(tiles_TSS3)).to(device).permute(0, 3, 1, 2).float().div(255)
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return (x - mean) / std
+
+
+def default_question(speed_mps: float, target_points: Points | None) -> str:
+    """The question of a frame that brings none, in the wording of the training data."""
+    route = f"Target waypoint: {TARGET_POINT}{TARGET_POINT}." if target_points else "Command: follow the road."
+    return f"Current speed: {speed_mps:.1f} m/s. {route} What should the ego do next?"
+
+
+class Processor:
+    """Tokenizer and prompt template of a checkpoint, with the token ids that the model needs."""
+
+    def __init__(self, config: SimLingoConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.config, self.tokenizer, self.tiler = config, tokenizer, Tiler.of(config)
+        if any(token not in tokenizer.get_vocab() for token in ADDED_TOKENS):
+            tokenizer.add_tokens(list(ADDED_TOKENS), special_tokens=True)
+        vocabulary = tokenizer.get_vocab()
+        self.placeholder_id = vocabulary[TARGET_POINT]
+        try:
+            self.image_token_id, self.eos_id = vocabulary[IMAGE_TOKEN], vocabulary["<|im_end|>"]
+            self.pad_id = vocabulary["<|endoftext|>"]
+        except KeyError as e:
+            raise CheckpointError(f"the tokenizer in {config.variant_dir} lacks {e}; it is not InternVL2's.") from e
+        rows = int(config.language["vocab_size"])
+        if not max(self.image_token_id, self.eos_id) < rows <= vocabulary[ADDED_TOKENS[0]]:
+            raise CheckpointError(
+                f"the tokenizer in {config.variant_dir} does not fit the embedding table of {rows} rows: "
+                f"<IMG_CONTEXT> is {self.image_token_id}, <WAYPOINTS> is {vocabulary[ADDED_TOKENS[0]]}."
+            )
+
+    def prompt(
+        self, num_tiles: int, speed_mps: float, target_points: Points | None = None, question: str | None = None
+    ) -> Prompt:
+        """The chat prompt of one frame: picture, then question; no system message.
+
+        Args:
+            target_points: next two route nodes, metres, x forward, y right.
+            question: `default_question` when None; may hold `<TARGET_POINT><TARGET_POINT>`.
+
+        Raises:
+            SceneError: the question's placeholders do not fit, or it spells another of the model's own tokens.
+        """
+        question = default_question(speed_mps, target_points) if question is None else question
+        points = target_points if TARGET_POINT in question else None
+        self._check(question, target_points)
+        image = f"<img>{IMAGE_TOKEN * (num_tiles * self.config.tokens_per_tile)}</img>"
+        text = f"<|im_start|>user\n{image}\n{question}<|im_end|><|im_start|>assistant\n"
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return Prompt(text, tuple(ids), points)
+
+    def _check(self, question: str, target_points: Points | None) -> None:
+        count = question.count(TARGET_POINT)
+        if count and (count != 2 or TARGET_POINT * 2 not in question or target_points is None):
+            raise SceneError(
+                f"question {question!r} has {count} {TARGET_POINT}, the frame {'no' if target_points is None else 'two'} "
+                f"target points. Write {TARGET_POINT}{TARGET_POINT} once and give target_points [[x, y], [x, y]]."
+            )
+        reserved = [t for t in (*ADDED_TOKENS[:-1], IMAGE_TOKEN, "<img>", "</img>", "<|im_start|>", "<|im_end|>") if t in question]
+        if reserved:
+            raise SceneError(f"question {question!r} spells {reserved[0]}, which is the model's own token. Remove it.")
+
+    def batch(self, prompts: Sequence[Prompt], tile_counts: Sequence[int], device: torch.device | str = "cpu") -> PromptBatch:
+        """Left-padded prompts of several frames."""
+        length = max(len(p.ids) for p in prompts)
+        ids = [[self.pad_id] * (length - len(p.ids)) + list(p.ids) for p in prompts]
+        mask = [[0] * (length - len(p.ids)) + [1] * len(p.ids) for p in prompts]
+        points = tuple(None if p.points is None else torch.tensor(p.points, device=device) for p in prompts)
+        return PromptBatch(
+            torch.tensor(ids, device=device), torch.tensor(mask, device=device), tuple(tile_counts), points
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Generated text without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        return [str(t) for t in self.tokenizer.convert_ids_to_tokens(list(ids))]
+
+
+def load_processor(config: SimLingoConfig) -> Processor:
+    """Tokenizer from the variant's directory; nothing is fetched and no code from the checkpoint is run.
+
+    Raises:
+        CheckpointError: the directory has no usable tokenizer.
+    """
+    directory = Path(config.variant_dir)
+    try:
+        tokenizer = Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as e:  # OSError, ValueError, KeyError or tokenizers' own: all mean "no usable tokenizer here"
+        raise CheckpointError(
+            f"no usable tokenizer in {directory} ({str(e).splitlines()[0] if str(e) else type(e).__name__}). "
+            "Give the InternVL2 variant's directory with tokenizer.json: model.variant_dir=DIR"
+        ) from e
+    return Processor(config, tokenizer)

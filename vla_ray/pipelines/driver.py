@@ -1,0 +1,289 @@
+"""What a driver does around a batch of work, whatever the work is: resume, lease, ledger, progress, clean stop.
+
+A workload gives a manifest, its settings, and a function that turns what is left to do into summaries. Everything
+that must be right once (each key exactly once, a refused second driver, a stop that can be resumed) is here.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from vla_ray.config import WandbConfig
+from vla_ray.data.scenes import FrameRef
+from vla_ray.errors import RunError, VlaRayError
+from vla_ray.progress import Progress
+from vla_ray.schema import FAILED
+from vla_ray.stages.work import Summary, WorkFrame, WorkItem
+from vla_ray.storage.attempts import NO_PRIOR, Prior, clear_in_flight, consolidate
+from vla_ray.storage.files import Location, clean_temp
+from vla_ray.storage.lease import Lease
+from vla_ray.storage.ledger import FRAME_AND_TARGET, Ledger, read_metrics
+from vla_ray.storage.run import RunDirectory, manifest_fingerprint
+from vla_ray.tracking import make_tracker
+
+logger = logging.getLogger(__name__)
+
+FOLD_ROWS, FOLD_SECONDS = 5000, 60.0  # how much may wait in the ledger: rows, and time
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM, treated like Ctrl-C."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run of a workload.
+
+    Attributes:
+        name: of the workload, e.g. capture.
+        settings: every key that changes results (see RunDirectory.open).
+        checkpoints: `file_identity` of the files that results depend on.
+        mode: part of the output directories' names.
+    """
+
+    name: str
+    output_dir: str
+    run: str
+    frames: Sequence[FrameRef]
+    targets: Sequence[str]
+    mode: str
+    settings: dict[str, Any]
+    checkpoints: dict[str, dict[str, Any]]
+    config_yaml: str
+    max_error_rate: float = 0.05
+    retry_failed: bool = False
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Todo:
+    """What is left of a run when it starts or resumes."""
+
+    location: Location
+    token: str
+    frames: tuple[tuple[WorkFrame, tuple[str, ...]], ...]  # each with the targets it still lacks
+
+    @property
+    def rows(self) -> int:
+        return sum(len(targets) for _, targets in self.frames)
+
+    def items(self, batch_size: int) -> list[WorkItem]:
+        """Batches of frames that lack the same targets, in the manifest's order."""
+        groups: dict[tuple[str, ...], list[WorkFrame]] = {}
+        for frame, targets in self.frames:
+            groups.setdefault(targets, []).append(frame)
+        return [
+            WorkItem(tuple(frames[i : i + batch_size]), targets)
+            for targets, frames in groups.items()
+            for i in range(0, len(frames), batch_size)
+        ]
+
+
+Work = Callable[[Todo], Generator[Summary, None, None]]
+
+
+def select(frames: Sequence[FrameRef], every: int, limit: int | None) -> list[FrameRef]:
+    """Every n-th frame of each scene, then the first `limit` of all."""
+    positions: dict[str, int] = {}
+    chosen = []
+    for frame in frames:
+        position = positions.get(frame.scene, 0)
+        positions[frame.scene] = position + 1
+        if position % every == 0:
+            chosen.append(frame)
+    return chosen[:limit]
+
+
+class Driver:
+    """Runs one Job; see the module docstring. Opening it refuses other settings but writes nothing."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.run = RunDirectory.open(
+            job.output_dir,
+            job.run,
+            settings={"job": job.name, **job.settings},
+            checkpoints=job.checkpoints,
+            config_yaml=job.config_yaml,
+            command=shlex.join(["python", *sys.argv]),
+            overrides=sys.argv[1:],
+        )
+        self.manifest = manifest_fingerprint((f.frame_id for f in job.frames), job.targets)
+
+    @property
+    def location(self) -> Location:
+        return self.run.location
+
+    @property
+    def is_finished(self) -> bool:
+        """Known from run.json alone: neither Ray nor a model is needed to say so."""
+        if not self.run.is_finished(self.manifest):
+            return False
+        return not (self.job.retry_failed and self.run.document["counts"].get(FAILED))
+
+    def report_finished(self) -> int:
+        """Say that there is nothing to do; the exit code is that of the run's error budget."""
+        logger.info("run %s is finished: nothing to do", self.job.run)
+        return self._conclude(self.run.document["counts"], None)
+
+    def report_dry_run(self, facts: Sequence[str]) -> int:
+        """Say what would be done. Reads the ledger, writes nothing."""
+        table = read_metrics(self.location, FRAME_AND_TARGET)
+        done = set(zip(*(table[name].to_pylist() for name in FRAME_AND_TARGET), strict=True))
+        rows = [(f.frame_id, t) for f in self.job.frames for t in self.job.targets]
+        left = sum(key not in done for key in rows)
+        scenes = len({f.scene for f in self.job.frames})
+        lines = [
+            f"dry run of {self.location}",
+            f"  {len(self.job.frames):,} frames in {scenes:,} scenes, targets: {', '.join(self.job.targets)}",
+            f"  {len(rows) - left:,} rows are done, {left:,} are to do",
+            *(f"  {fact}" for fact in facts),
+        ]
+        sys.stdout.write("\n".join(lines) + "\n")
+        return 0
+
+    def execute(self, work: Work) -> int:
+        """Do what is left and return the exit code.
+
+        Raises:
+            RunError: another driver holds the run.
+            VlaRayError: the work cannot go on (disk full, cluster gone ...); what was done stays done.
+        """
+        with Lease.acquire(self.location, command=shlex.join(["python", *sys.argv])) as lease:
+            self.run.start(
+                {"manifest": self.manifest, "frames": len(self.job.frames), "targets": list(self.job.targets)}
+            )
+            try:
+                return self._execute(work, lease)
+            except KeyboardInterrupt as e:
+                self._end(lease, "stopped")
+                logger.warning("stopped; to go on: %s", self.resume_command)
+                return 143 if isinstance(e, Stopped) else 130
+            except RunError:
+                raise  # the run is another driver's now: not ours to write to
+            except VlaRayError as e:
+                self._end(lease, "failed")
+                raise type(e)(f"{e} What is done is kept; to go on: {self.resume_command}") from e
+            except BaseException:
+                self._end(lease, "failed")
+                raise
+
+    def _execute(self, work: Work, lease: Lease) -> int:
+        ledger = Ledger(self.location).load()
+        if self.job.retry_failed:
+            logger.info("%d failed rows will be done again", ledger.drop_failed())
+        todo = self._todo(ledger, lease, consolidate(self.location))
+        if not todo.frames:
+            return self._finish(ledger, None)
+        done = len(self.job.frames) * len(self.job.targets) - todo.rows
+        logger.info("%s: %d rows to do, %d done before", self.location, todo.rows, done)
+        tracker = make_tracker(
+            self.job.wandb, self.job.run, {**self.job.settings, "targets": list(self.job.targets)}, self._local_files()
+        )
+        progress = Progress(todo.rows, "frames" if len(self.job.targets) == 1 else "rows")
+        waiting: list[str] = []
+        folded, folded_rows = time.monotonic(), 0
+        with _sigterm_stops(), closing(work(todo)) as summaries:
+            for summary in summaries:
+                waiting += summary.fragments
+                progress.add(sum(summary.statuses.values()), summary.statuses.get(FAILED, 0))
+                if progress.done - folded_rows >= FOLD_ROWS or time.monotonic() - folded >= FOLD_SECONDS:
+                    lease.check()
+                    ledger.fold(waiting)
+                    self.run.update(counts=dict(ledger.counts))
+                    tracker.log({"rows": progress.done, "failed": progress.failed, "seconds": progress.seconds})
+                    waiting, folded, folded_rows = [], time.monotonic(), progress.done
+        progress.close()
+        lease.check()
+        code = self._finish(ledger, progress)
+        tracker.finish({**ledger.counts, "seconds": progress.seconds, "exit_code": code})
+        return code
+
+    def _todo(self, ledger: Ledger, lease: Lease, priors: dict[str, Prior]) -> Todo:
+        scenes = dict.fromkeys(f.scene for f in self.job.frames)
+        directories = self.run.scene_dirs(scenes, self.job.mode)
+        frames = []
+        for ref in self.job.frames:
+            missing = tuple(t for t in self.job.targets if (ref.frame_id, t) not in ledger.done)
+            if missing:
+                prior = priors.get(ref.frame_id, NO_PRIOR)
+                frames.append((WorkFrame(ref, directories[ref.scene].name, prior), missing))
+        for scene in dict.fromkeys(frame.ref.scene for frame, _ in frames):
+            clean_temp(directories[scene])
+        return Todo(self.location, lease.token, tuple(frames))
+
+    def _finish(self, ledger: Ledger, progress: Progress | None) -> int:
+        ledger.fold(None)
+        keys = {(f.frame_id, t) for f in self.job.frames for t in self.job.targets}
+        missing = len(keys - ledger.done)
+        if missing:  # an engine that ends without a word would otherwise pass for success
+            raise RuntimeError(f"{missing} of {len(keys)} rows are missing although the work ended without an error")
+        self.run.update(status="finished", counts=dict(ledger.counts))
+        reason = str(ledger.first_failure) if ledger.first_failure else None
+        return self._conclude(dict(ledger.counts), reason, progress)
+
+    def _conclude(self, counts: dict[str, int], first_failure: str | None, progress: Progress | None = None) -> int:
+        total = sum(counts.values())
+        failed = counts.get(FAILED, 0)
+        took = f" in {progress.seconds:.0f} s" if progress else ""
+        parts = ", ".join(f"{n:,} {status}" for status, n in sorted(counts.items()))
+        lines = [
+            f"{self.job.name} {self.job.run}: {total:,} rows{took} ({parts})",
+            f"  results  {self.location}",
+            f"  metrics  {self.location / 'metrics'}  (Parquet, one row per frame and target)",
+            f"  look     python jobs/show.py path={self.location}",
+        ]
+        rate = failed / total if total else 0.0
+        if failed:
+            first = f"; the first: {first_failure}" if first_failure else ""
+            lines.append(f"  failed   {failed:,} rows{first} (again: the same command with retry_failed=true)")
+        sys.stdout.write("\n".join(lines) + "\n")
+        if rate > self.job.max_error_rate:
+            logger.error("%.1f %% of the rows failed, max_error_rate is %.1f %%", 100 * rate, 100 * self.job.max_error_rate)
+            return 1
+        return 0
+
+    def _end(self, lease: Lease, status: str) -> None:
+        """Leave a run that can be resumed, as far as the storage still works."""
+        with suppress(VlaRayError):
+            if status == "stopped":
+                clear_in_flight(self.location, lease.token)
+            ledger = Ledger(self.location).load()
+            self.run.update(status=status, counts=dict(ledger.counts))
+
+    def _local_files(self) -> Path:
+        return self.location.local_path if self.location.is_local else Path.cwd()
+
+    @property
+    def resume_command(self) -> str:
+        """The command of this run, with its name."""
+        argv = [a for a in sys.argv if not a.startswith("run=")]
+        return shlex.join(["python", *argv, f"run={self.job.run}"])
+
+
+@contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    """SIGTERM ends the work like Ctrl-C while inside."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped
+
+    try:
+        old = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: a notebook or a test, where signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)

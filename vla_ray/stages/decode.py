@@ -1,0 +1,63 @@
+"""Reading, decoding and tiling the pictures of a work item. CPU only; a frame that fails carries its reason along."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+
+from vla_ray.data.images import decode_rgb
+from vla_ray.errors import VlaRayError
+from vla_ray.models.simlingo.processing import TileGeometry, Tiler
+from vla_ray.stages.work import Loaded, WorkFrame, WorkItem
+from vla_ray.storage.files import Location
+
+
+class Decoder:
+    """Work item -> its frames as uint8 tiles."""
+
+    def __init__(self, tiler: Tiler) -> None:
+        self.tiler = tiler
+
+    def __call__(self, item: WorkItem) -> list[Loaded]:
+        return [self._load(frame) for frame in item.frames]
+
+    def _load(self, frame: WorkFrame) -> Loaded:
+        start = time.perf_counter()
+        try:
+            rgb = decode_rgb(Location.of(frame.ref.image).read_bytes(), frame.ref.image)
+            tiles, geometry = self.tiler(rgb)
+        except (VlaRayError, MemoryError) as e:
+            return Loaded(frame, error_type=type(e).__name__, error=str(e), decode_s=time.perf_counter() - start)
+        return Loaded(frame, tiles, geometry, decode_s=time.perf_counter() - start)
+
+
+def pack(loaded: list[Loaded], tile_size: int) -> tuple[str, np.ndarray]:
+    """Decoded frames as (JSON, one uint8 array of all tiles): two columns that Arrow ships without pickling."""
+    notes = [
+        {
+            "geometry": None if x.geometry is None else x.geometry.to_dict(),
+            "error_type": x.error_type,
+            "error": x.error,
+            "decode_s": x.decode_s,
+        }
+        for x in loaded
+    ]
+    tiles = [x.tiles for x in loaded if x.tiles is not None]
+    empty = np.zeros((0, tile_size, tile_size, 3), np.uint8)
+    return json.dumps(notes), np.concatenate(tiles) if tiles else empty
+
+
+def unpack(item: WorkItem, notes: str, tiles: np.ndarray) -> list[Loaded]:
+    """The inverse of `pack`."""
+    loaded, position = [], 0
+    for frame, note in zip(item.frames, json.loads(notes), strict=True):
+        if note["geometry"] is None:
+            loaded.append(Loaded(frame, error_type=note["error_type"], error=note["error"], decode_s=note["decode_s"]))
+            continue
+        geometry = TileGeometry.from_dict(note["geometry"])
+        mine = tiles[position : position + geometry.num_tiles]
+        position += geometry.num_tiles
+        loaded.append(Loaded(frame, mine, geometry, decode_s=note["decode_s"]))
+    return loaded

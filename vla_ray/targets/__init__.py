@@ -1,0 +1,21 @@
+"""What is explained: kinematic scalars of a trajectory, or the logit of a generated token."""
+
+from vla_ray.targets.kinematics import DT, KINEMATICS, Kinematic, kinematic_scalar, kinematic_scalars
+from vla_ray.targets.spline import Spline
+from vla_ray.targets.target import Target, parse_targets, target_info
+from vla_ray.targets.text import ChosenToken, choose_token, text_target_name
+
+__all__ = [
+    "DT",
+    "KINEMATICS",
+    "ChosenToken",
+    "Kinematic",
+    "Spline",
+    "Target",
+    "choose_token",
+    "kinematic_scalar",
+    "kinematic_scalars",
+    "parse_targets",
+    "target_info",
+    "text_target_name",
+]
