@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from vla_ray.config import ClusterConfig
 from vla_ray.errors import ClusterError
 
-# Read by Ray's C++ core when it is imported: hides an error line that every actor pool prints (ray issue 53727).
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 # `uv run` would otherwise ship the working directory and run uv again in every worker.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
@@ -47,8 +46,10 @@ def connect(settings: ClusterConfig) -> Iterator[Cluster]:
     if ray.is_initialized():  # a notebook or a test that brings its own
         yield _describe(local=True)
         return
+    for noisy in ("ray.data", "ray._private.authentication"):  # notes on defaults, as warnings; Ray keeps its own logs
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     address = settings.address or os.environ.get("RAY_ADDRESS")
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if address in (None, "local"):
         ray.init(
             address="local",
@@ -65,8 +66,9 @@ def connect(settings: ClusterConfig) -> Iterator[Cluster]:
         try:
             ray.init(address=address, **quiet)
         except Exception as e:  # ConnectionError, RuntimeError, AuthenticationError ...: all mean "not connected"
+            reason = " ".join(str(e).split())[:200]
             raise ClusterError(
-                f"cannot connect to a Ray cluster at {address!r} ({type(e).__name__}: {' '.join(str(e).split())[:200]}). "
+                f"cannot connect to a Ray cluster at {address!r} ({type(e).__name__}: {reason}). "
                 "Start one with `ray start --head`, or leave cluster.address out to run Ray inside the job; if it asks "
                 "for a token, export RAY_AUTH_MODE=token."
             ) from e
@@ -91,7 +93,6 @@ def _set_data_defaults() -> None:
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = -1
     context.max_consecutive_actor_init_deaths = 3
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def _keep_token_private() -> None:

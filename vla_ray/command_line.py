@@ -98,7 +98,9 @@ def _override(arg: str, schema: type, groups: dict[str, list[str]]) -> str:
     known = dict(known_keys(schema))
     if key in groups and key in known:
         if value not in groups[key]:
-            raise ConfigError(f"{key}={value!r} is unknown; known: {', '.join(groups[key])}.{nearest(value, groups[key])}")
+            raise ConfigError(
+                f"{key}={value!r} is unknown; known: {', '.join(groups[key])}.{nearest(value, groups[key])}"
+            )
         return f"{key}={value}"
     if key not in known or is_dataclass(known[key]):
         leaves = [k for k, hint in known.items() if not is_dataclass(hint)]
@@ -143,7 +145,7 @@ def print_help(name: str, schema: type) -> None:
     """Every setting with its default and meaning."""
     lines = [f"python jobs/{name}.py key=value ...", "", (schema.__doc__ or "").strip(), ""]
     lines += list(_help_lines(schema))
-    print("\n".join(lines))  # noqa: T201 - this is the program's output
+    print("\n".join(lines))
 
 
 def _help_lines(schema: type, prefix: str = "") -> Iterator[str]:

@@ -42,7 +42,9 @@ def _at_least(setting: str, value: float | None, low: float) -> None:
 class ModelConfig:
     config: str | None = _knob(None, "training configuration; null: ../../.hydra/config.yaml seen from the checkpoint")
     checkpoint: str = _knob("", "pytorch_model.pt in the released layout")
-    variant_dir: str | None = _knob(None, "InternVL2 variant with tokenizer and config.json; null: beside the checkpoint, or the hub")
+    variant_dir: str | None = _knob(
+        None, "InternVL2 variant with tokenizer and config.json; null: beside the checkpoint, or the hub"
+    )
     device: str = _knob("auto", "auto | cpu | cuda")
     dtype: str = _knob("auto", "auto (bfloat16 on cuda, float32 on cpu) | float32 | bfloat16 | float16")
     max_new_tokens: int = _knob(100, "longest generated text")
@@ -70,7 +72,9 @@ class SplineConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    address: str | None = _knob(None, "of a running cluster ('auto' finds it); null: RAY_ADDRESS, else Ray in this process")
+    address: str | None = _knob(
+        None, "of a running cluster ('auto' finds it); null: RAY_ADDRESS, else Ray in this process"
+    )
     num_cpus: int | None = _knob(None, "CPUs of a local Ray; null: all of the machine's")
     object_store_mb: int = _knob(512, "object store of a local Ray")
     dashboard: bool = _knob(False, "start the dashboard with a local Ray")
@@ -137,9 +141,45 @@ class CaptureConfig:
 class ShowConfig:
     """Print what a payload, a metrics table or a run directory holds."""
 
-    path: str = _knob("", "a payload .pt, a run directory, or a .parquet file")
+    path: str = _knob("", "a payload .pt, a run directory, a .parquet file, or a folder of runs")
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("path is empty; give a payload or a run directory: python jobs/show.py path=outputs/demo")
         object.__setattr__(self, "path", resolve_path(self.path))
+
+
+@dataclass(frozen=True)
+class ScenesConfig:
+    """Render synthetic driving scenes, with masks of what truly causes each action."""
+
+    output_dir: str = _knob("", "root of the scenes")
+    demo: bool = _knob(False, "write the bundled demo's scenes instead; the other keys below are ignored")
+    scenes: int = _knob(2, "number of scenes, each a drive")
+    frames: int = _knob(20, "frames per scene, 0.25 s apart")
+    seed: int = _knob(0, "of the first scene; the next ones count up")
+    cause: str | None = _knob(None, "clear | red_light | lead_car | pedestrian; null: drawn")
+    target_points: bool = _knob(True, "whether frames carry target points")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output_dir", resolve_path(self.output_dir or "outputs/scenes"))
+        _at_least("scenes", self.scenes, 1)
+        _at_least("frames", self.frames, 1)
+        _at_least("seed", self.seed, 0)
+
+
+@dataclass(frozen=True)
+class TinyDriverConfig:
+    """Train the tiny driver from nothing on synthetic scenes, and measure it on held-out ones."""
+
+    output_dir: str = _knob("", "where the checkpoint goes, in the released layout")
+    steps: int = _knob(3600, "optimiser steps of 32 frames; the default takes about 15 minutes on 2 cores")
+    frames: int = _knob(16_000, "training frames to render")
+    held_out: int = _knob(400, "frames to measure on")
+    seed: int = _knob(0, "of weights and batches")
+    threads: int = _knob(2, "CPU threads")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output_dir", resolve_path(self.output_dir or "outputs/simlingo-tiny"))
+        for name in ("steps", "frames", "held_out", "threads"):
+            _at_least(name, getattr(self, name), 1)

@@ -153,28 +153,24 @@ def test_the_heartbeat_thread_renews_and_survives_a_full_disk(
     assert "no space left" in caplog.text
 
 
-def test_only_one_of_many_replaces_a_dead_driver(run_dir: Location) -> None:
+def test_two_drivers_that_find_the_same_dead_holder_do_not_both_replace_it(
+    run_dir: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere(run_dir, age=1000)
-    barrier = threading.Barrier(8)
-    leases: list[Lease] = []
     refused: list[str] = []
 
-    def start() -> None:
-        barrier.wait()
-        try:
-            leases.append(Lease.acquire(run_dir, command="x"))
-        except RunError as error:
-            refused.append(str(error))
+    def write_while_another_starts(loc: Location, value: object) -> int:
+        monkeypatch.undo()
+        with pytest.raises(RunError) as error:
+            Lease.acquire(run_dir, command="second")
+        refused.append(str(error.value))
+        return write_json(loc, value)
 
-    threads = [threading.Thread(target=start) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (winner,) = leases
-    assert len(refused) == 7
-    winner.check()
-    winner.release()
+    monkeypatch.setattr(lease_module, "write_json", write_while_another_starts)
+    with Lease.acquire(run_dir, command="first") as lease:
+        lease.check()
+        assert read(run_dir).command == "first"
+    assert "just starting" in refused[0]
 
 
 def test_a_damaged_lease_is_never_ignored(run_dir: Location) -> None:

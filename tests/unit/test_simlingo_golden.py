@@ -18,7 +18,7 @@ from vla_ray.models.simlingo.config import read_config
 from vla_ray.models.simlingo.model import SimLingo
 from vla_ray.models.simlingo.processing import Processor, Prompt, normalise
 from vla_ray.stages.visit import Visit
-from vla_ray.targets import Target, parse_targets
+from vla_ray.targets import Spline, Target, parse_targets
 
 FRAMES = (0, 1, 2)  # two tiles; no target points; one tile
 OUTPUT, GRADIENT = 1e-4, 1e-3  # of the reference's largest value
@@ -135,7 +135,7 @@ def cases() -> Iterator[tuple[str, Target]]:
 @pytest.mark.parametrize(("name", "target"), list(cases()))
 def test_head_mean_of_positive_attention_times_gradient(g: Golden, i: int, name: str, target: Target) -> None:
     visit = g.visit(i)
-    explained = visit.explain(target, None, keep_graph=False)
+    explained = visit.explain(target, Spline(), keep_graph=False)
     arrays = [k for k in g.expected[i] if k.startswith(f"cam/{name}/")]
     assert arrays
     for key in arrays:
@@ -150,7 +150,7 @@ def test_text_gradients_per_head(g: Golden, i: int) -> None:
     """The one final pass has the gradients of the generation step that wrote the token; later rows have none."""
     index = g.summary[i]["text_index"]
     target = parse_targets("text", text_token_strategy="index", text_token_index=index)[0]
-    explained = g.visit(i).explain(target, None, keep_graph=False)
+    explained = g.visit(i).explain(target, Spline(), keep_graph=False)
     for key in (k for k in g.expected[i] if k.startswith("grad/text_index/")):
         block, expected = key.rpartition("/")[2], g.expected[i][key]
         actual = explained.gradients[block]
@@ -179,7 +179,7 @@ def test_scalars(g: Golden, i: int) -> None:
     visit = g.visit(i)
     for name, value in g.summary[i]["scalars"].items():
         if name != "route_second_diff_energy":
-            assert float(visit.kinematics(None)[name]) == pytest.approx(value, rel=1e-3)
+            assert float(visit.kinematics(Spline())[name]) == pytest.approx(value, rel=1e-3)
 
 
 def test_batched_equals_single(g: Golden) -> None:
@@ -189,7 +189,7 @@ def test_batched_equals_single(g: Golden) -> None:
         *parse_targets("action", ["curv_energy", "acc_energy", "longitudinal_progress"]),
         *parse_targets("text", text_token_strategy=["max", "last"]),
     ]
-    batched = [together.explain(t, None, keep_graph=True) for t in targets]
+    batched = [together.explain(t, Spline(), keep_graph=True) for t in targets]
     for b in FRAMES:
         alone = g.visit(b)
         start = together.decision.starts[b]
@@ -197,7 +197,7 @@ def test_batched_equals_single(g: Golden) -> None:
         assert_close(together.decision.route_B202[b], alone.decision.route_B202[0].detach().numpy(), 1e-5)
         assert_close(together.decision.speed_B102[b], alone.decision.speed_B102[0].detach().numpy(), 1e-5)
         for target, many in zip(targets, batched, strict=True):
-            one = alone.explain(target, None, keep_graph=True)
+            one = alone.explain(target, Spline(), keep_graph=True)
             assert float(many.scalar_B[b]) == pytest.approx(float(one.scalar_B[0]), rel=1e-5)
             for block, expected in one.gradients.items():
                 if block.startswith("vision"):

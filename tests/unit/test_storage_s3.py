@@ -5,20 +5,22 @@ from __future__ import annotations
 import errno
 import logging
 import pickle
+import secrets
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.request import Request, urlopen
 
-import pyarrow as pa
-import pyarrow.fs as pafs
 import pytest
 import torch
+from moto.s3.exceptions import InvalidPart
+from moto.s3.models import S3Backend
 from moto.server import ThreadedMotoServer
 
 from vla_ray.errors import RunError, StorageError
-from vla_ray.storage import payload
+from vla_ray.storage import files, payload
 from vla_ray.storage.attempts import Attempts, Prior, consolidate
 from vla_ray.storage.files import Location, clean_temp, create_exclusive, free_bytes, write_atomic
 from vla_ray.storage.lease import Lease
@@ -37,7 +39,7 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Location:
+def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> Location:
     """A new, empty bucket, found the way a user's would be."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key-id")
@@ -45,7 +47,7 @@ def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
-    name = request.node.name.replace("_", "-")[:60].rstrip("-")
+    name = f"bucket-{secrets.token_hex(4)}"
     urlopen(Request(f"{server}/{name}", method="PUT")).close()
     return Location.of(f"s3://{name}")
 
@@ -128,47 +130,55 @@ def test_a_writer_that_fails_half_way_publishes_nothing(
     assert list(tmp_path.iterdir()) == []  # the spool file is gone
 
 
-class FailingStore(pafs.FileSystemHandler):
-    """Stands for a store that breaks down during an upload; only what an upload needs."""
+@pytest.mark.parametrize("bad_part", [1, 2, 3])
+@pytest.mark.parametrize("chunk", [10 * 1024 * 1024, 64 * 1024 * 1024])
+def test_an_upload_that_breaks_down_at_one_part_publishes_nothing(
+    bucket: Location, monkeypatch: pytest.MonkeyPatch, bad_part: int, chunk: int
+) -> None:
+    write_atomic(bucket / "x", b"old")
+    upload_part = S3Backend.upload_part
+    parts: set[int] = set()
 
-    def __init__(self, log: list[bytes]) -> None:
-        self.log = log
+    def fails_once(self: S3Backend, bucket_name: str, multipart_id: str, part_id: int, value: bytes) -> Any:
+        parts.add(part_id)
+        if part_id == bad_part:
+            raise InvalidPart
+        return upload_part(self, bucket_name, multipart_id, part_id, value)
 
-    def open_output_stream(self, path: str, metadata: Any) -> pa.PythonFile:
-        store = self
-
-        class Stream:
-            closed = False
-
-            def write(self, data: bytes) -> int:
-                store.log.append(bytes(data))
-                raise OSError("Connection reset by peer")
-
-            def flush(self) -> None: ...
-
-            def close(self) -> None:
-                self.closed = True
-
-        return pa.PythonFile(Stream(), mode="w")
-
-    def _unused(self, *_: Any) -> Any:
-        raise NotImplementedError
-
-    get_type_name = normalize_path = get_file_info = get_file_info_selector = create_dir = delete_dir = _unused
-    delete_dir_contents = delete_root_dir_contents = delete_file = move = copy_file = _unused
-    open_input_stream = open_input_file = open_append_stream = _unused
+    monkeypatch.setattr(S3Backend, "upload_part", fails_once)
+    monkeypatch.setattr(files, "_UPLOAD_BYTES", chunk)
+    with pytest.raises(StorageError, match="Cannot write s3://"):
+        write_atomic(bucket / "x", b"n" * 25_000_000)
+    assert bad_part in parts
+    assert (bucket / "x").read_bytes() == b"old"
 
 
-def test_an_upload_hands_over_everything_at_once_and_its_failure_is_one_line() -> None:
-    log: list[bytes] = []
-    loc = Location(pafs.PyFileSystem(FailingStore(log)), "bucket/x", "s3")
-    content = b"0123456789" * 1000
-    for data in (content, lambda file: [file.write(content[:5000]), file.write(content[5000:])] and None):
-        with pytest.raises(
-            StorageError, match=r"Cannot write s3://bucket/x: Connection reset by peer\. Check the bucket"
-        ):
-            write_atomic(loc, data)
-    assert log == [content, content]
+def test_a_small_upload_that_is_refused_publishes_nothing(bucket: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_atomic(bucket / "x", b"old")
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise InvalidPart
+
+    monkeypatch.setattr(S3Backend, "put_object", refused)
+    with pytest.raises(StorageError, match="Cannot write s3://"):
+        write_atomic(bucket / "x", b"new")
+    assert (bucket / "x").read_bytes() == b"old"
+
+
+def test_an_interrupt_during_an_upload_leaves_all_or_nothing(bucket: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"n" * 25_000_000
+    upload_part = S3Backend.upload_part
+
+    def interrupts(self: S3Backend, bucket_name: str, multipart_id: str, part_id: int, value: bytes) -> Any:
+        if part_id == 1:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C; Python hands it to the main thread, which waits
+        return upload_part(self, bucket_name, multipart_id, part_id, value)
+
+    monkeypatch.setattr(S3Backend, "upload_part", interrupts)
+    monkeypatch.setattr(files, "_UPLOAD_BYTES", 10 * 1024 * 1024)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(bucket / "x", content)
+    assert (bucket / "x").read_bytes() == content
 
 
 def test_a_missing_bucket_and_a_dead_server_are_expected_errors(

@@ -23,7 +23,6 @@ from vla_ray.storage.files import Location, free_bytes
 from vla_ray.storage.run import file_identity
 from vla_ray.targets import Spline, Target, parse_targets
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -89,6 +88,7 @@ class CaptureWork:
         from vla_ray.models.simlingo.processing import load_processor
 
         self.config, self.targets = config, tuple(targets)
+        self.spline = Spline(**dataclasses.asdict(config.spline))
         model: ModelConfig = config.model
         shapes = {name: tuple(tensor.shape) for name, tensor in read_state(model.checkpoint).items()}
         self.model = read_config(str(model.config), model.variant_dir, shapes)
@@ -126,7 +126,7 @@ class CaptureWork:
                 payload=config.payload,
                 payload_dtype=dtype if config.payload_dtype == "auto" else config.payload_dtype,
                 targets=self.targets,
-                spline=Spline(config.spline.smoothing, config.spline.num_samples) if config.spline.enabled else None,
+                spline=self.spline,
                 max_new_tokens=config.model.max_new_tokens,
                 threads=plan.threads,
             )
@@ -158,7 +158,7 @@ class CaptureWork:
         if free is not None and needed > free:
             raise StorageError(
                 f"payload={self.config.payload} of {num_frames:,} frames needs about {needed / 1e9:,.1f} GB more, "
-                f"{location} has {free / 1e9:,.1f} GB free. Use payload=reduced, limit=N, every=N, or another output_dir."
+                f"{location} has {free / 1e9:,.1f} GB free. Use payload=reduced, limit=N, every=N or another output_dir."
             )
 
     def _payload_bytes(self) -> int:

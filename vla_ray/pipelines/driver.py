@@ -24,7 +24,7 @@ from vla_ray.errors import RunError, VlaRayError
 from vla_ray.progress import Progress
 from vla_ray.schema import FAILED
 from vla_ray.stages.work import Summary, WorkFrame, WorkItem
-from vla_ray.storage.attempts import NO_PRIOR, Prior, clear_in_flight, consolidate
+from vla_ray.storage.attempts import NO_PRIOR, Prior, clear_in_flight, consolidate, forget
 from vla_ray.storage.files import Location, clean_temp
 from vla_ray.storage.lease import Lease
 from vla_ray.storage.ledger import FRAME_AND_TARGET, Ledger, read_metrics
@@ -181,6 +181,7 @@ class Driver:
     def _execute(self, work: Work, lease: Lease) -> int:
         ledger = Ledger(self.location).load()
         if self.job.retry_failed:
+            forget(self.location)  # what condemned a frame then must not do so again
             logger.info("%d failed rows will be done again", ledger.drop_failed())
         todo = self._todo(ledger, lease, consolidate(self.location))
         if not todo.frames:
@@ -236,7 +237,7 @@ class Driver:
         total = sum(counts.values())
         failed = counts.get(FAILED, 0)
         took = f" in {progress.seconds:.0f} s" if progress else ""
-        parts = ", ".join(f"{n:,} {status}" for status, n in sorted(counts.items()))
+        parts = ", ".join(f"{n:,} {status}" for status, n in sorted(counts.items()) if n)
         lines = [
             f"{self.job.name} {self.job.run}: {total:,} rows{took} ({parts})",
             f"  results  {self.location}",
@@ -249,7 +250,9 @@ class Driver:
             lines.append(f"  failed   {failed:,} rows{first} (again: the same command with retry_failed=true)")
         sys.stdout.write("\n".join(lines) + "\n")
         if rate > self.job.max_error_rate:
-            logger.error("%.1f %% of the rows failed, max_error_rate is %.1f %%", 100 * rate, 100 * self.job.max_error_rate)
+            logger.error(
+                "%.1f %% of the rows failed, max_error_rate is %.1f %%", 100 * rate, 100 * self.job.max_error_rate
+            )
             return 1
         return 0
 

@@ -25,7 +25,9 @@ class Plan:
     threads: int | None
 
     def __str__(self) -> str:
-        where = f"{self.num_gpus:g} GPU" if self.num_gpus else f"{self.threads} CPU thread{'s'[: (self.threads or 0) != 1]}"
+        where = (
+            f"{self.num_gpus:g} GPU" if self.num_gpus else f"{self.threads} CPU thread{'s'[: (self.threads or 0) != 1]}"
+        )
         return f"{self.replicas} replica{'s'[: self.replicas != 1]} with {where} each, batches of {self.batch_size}"
 
 

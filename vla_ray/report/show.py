@@ -39,8 +39,10 @@ def describe(path: str) -> str:
         raise StorageError(f"there is nothing at {loc}. Give a payload (.pt), a table (.parquet) or a run directory.")
     runs = [e.name for e in loc.list() if e.is_dir and (loc / e.name / "run.json").exists()]
     if runs:
-        return f"{loc} holds {len(runs)} runs: {', '.join(runs)}\nlook at one: python jobs/show.py path={loc / runs[-1]}"
-    raise StorageError(f"{loc} is no run directory (it has no run.json) and holds none. Give the directory of a run.")
+        return (
+            f"{loc} holds {len(runs)} runs: {', '.join(runs)}\nlook at one: python jobs/show.py path={loc / runs[-1]}"
+        )
+    raise StorageError(f"{loc} is no run directory (it has no run.json) and holds none. `make demo` writes one.")
 
 
 def _run(loc: Location, run: dict[str, Any]) -> Iterator[str]:

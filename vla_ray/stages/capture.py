@@ -41,7 +41,7 @@ class CaptureSpec:
     payload: str
     payload_dtype: str
     targets: tuple[Target, ...]
-    spline: Spline | None
+    spline: Spline
     max_new_tokens: int = 100
     threads: int | None = None
 
@@ -141,7 +141,11 @@ class CaptureReplica:
         columns: dict[str, Any] = {"target_scalar": scalar, "backward_s": explained.seconds / len(visit.texts)}
         finite = torch.isfinite(explained.scalar_B[b]) and torch.isfinite(explained.query_gradient_BLH[b]).all()
         if not finite:
-            what = f"{explained.target.name} is {scalar}" if scalar != scalar or abs(scalar) == float("inf") else "its gradient is not finite"
+            what = (
+                f"{explained.target.name} is {scalar}"
+                if scalar != scalar or abs(scalar) == float("inf")
+                else "its gradient is not finite"
+            )
             return {**columns, "status": FAILED, "error_type": "NonFiniteTarget", "error": what}
         assert frame.geometry is not None
         start = time.perf_counter()

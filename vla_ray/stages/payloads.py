@@ -38,7 +38,7 @@ def build_payload(
     frame: FrameRef,
     geometry: TileGeometry,
     processor: Processor,
-    spline: Spline | None,
+    spline: Spline,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """The payload of frame `b` of a visit, for one target; CPU tensors and primitives only.

@@ -78,9 +78,7 @@ class Visit:
         self._recorder = AttentionRecorder({"vision": model.vision, "language": model.language})
         start = time.perf_counter()
         with torch.enable_grad(), self._recorder:
-            tokens_TNH = model.encode_tiles(
-                normalise(np.concatenate(tiles), model.device), graph_from_patches=True
-            )
+            tokens_TNH = model.encode_tiles(normalise(np.concatenate(tiles), model.device), graph_from_patches=True)
         vision_done = time.perf_counter()
         with torch.no_grad():
             embeds = model.embed_prompt(batch, tokens_TNH.detach(), processor.image_token_id)
@@ -100,11 +98,11 @@ class Visit:
         return logits.gather(1, ids[:, None]).squeeze(1)
 
     @torch.no_grad()
-    def kinematics(self, spline: Spline | None) -> dict[str, Tensor]:
+    def kinematics(self, spline: Spline) -> dict[str, Tensor]:
         """All nine kinematic scalars, [B] each."""
         return kinematic_scalars(self.decision.route_B202, self.decision.speed_B102, spline)
 
-    def explain(self, target: Target, spline: Spline | None, keep_graph: bool) -> Explained:
+    def explain(self, target: Target, spline: Spline, keep_graph: bool) -> Explained:
         """Differentiate one target. Frames whose value is not finite are left out of the sum (zero gradients)."""
         start = time.perf_counter()
         d = self.decision

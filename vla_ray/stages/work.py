@@ -55,7 +55,8 @@ class WorkItem:
 
     def to_json(self) -> str:
         frames = [
-            {"ref": f.ref.to_dict(), "directory": f.directory, "prior": [f.prior.starts, f.prior.solo]} for f in self.frames
+            {"ref": f.ref.to_dict(), "directory": f.directory, "prior": [f.prior.starts, f.prior.solo]}
+            for f in self.frames
         ]
         return json.dumps({"targets": self.targets, "frames": frames})
 

@@ -14,6 +14,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -40,6 +41,7 @@ Content: TypeAlias = bytes | Callable[[BinaryIO], None]
 _TEMP = re.compile(r"\..+\.(\d+)-([0-9a-f]{8})[0-9a-f]{8}\.tmp")
 # Tells this process's own temporary files from those of a dead one that had the same pid (usual in containers).
 _PROCESS = secrets.token_hex(4)
+_UPLOAD_BYTES = 64 * 1024 * 1024
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -186,8 +188,16 @@ def _upload(loc: Location, data: Content) -> int:
 
 
 def _put(loc: Location, content: pa.Buffer) -> int:
-    # One write call for everything: an interrupt (Ctrl-C, a cancelled task) is seen before it or after it, so the
-    # stream, which publishes on close and even on garbage collection, never holds a part of the file.
-    with loc.filesystem.open_output_stream(loc.path, compression=None) as stream:
-        stream.write(content)
+    # A store's stream publishes what it has got when it is closed, by an exception too and even by the garbage
+    # collector. In a thread of its own no interrupt (Ctrl-C, a cancelled task) can end it between two parts; a part
+    # that failed is remembered by the stream, whose close then fails as well and publishes nothing.
+    with ThreadPoolExecutor(1, thread_name_prefix="vla_ray-upload") as thread:
+        thread.submit(_send, loc, content).result()
     return content.size
+
+
+def _send(loc: Location, content: pa.Buffer) -> None:
+    with loc.filesystem.open_output_stream(loc.path, compression=None) as stream:
+        for start in range(0, content.size, _UPLOAD_BYTES):
+            stream.write(content.slice(start, min(_UPLOAD_BYTES, content.size - start)))
+            stream.flush()  # waits for its parts: each was copied, and a payload may be gigabytes

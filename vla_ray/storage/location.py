@@ -193,7 +193,8 @@ def _s3_location(uri: str) -> Location:
             region=region,
             endpoint_override=override,
             scheme=options.get("scheme") or endpoint.scheme or "https",
-            background_writes=False,  # in the background every part is copied first: a payload may be gigabytes
+            background_writes=True,  # else a stream forgets a part that failed and publishes the others: files.py
+            allow_delayed_open=True,  # small files are one request instead of three
         )
     path = "/".join(name for name in (bucket, *key.split("/")) if name)
     return Location(filesystem, path, "s3")

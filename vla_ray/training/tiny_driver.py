@@ -62,9 +62,7 @@ class Recipe:
     weight_decay: float = 0.05
     probe_weight: float = 0.3  # after the vision steps
     text_weight: float = 2.0
-    plain_share: float = (
-        0.4  # prompts that ask for waypoints without commentary: the action must not rest on text alone
-    )
+    plain_share: float = 0.4  # prompts without commentary, so that the action cannot rest on the text alone
     points_share: float = 0.5  # prompts with target points; without them the route must be read from the picture
     dim: int = 96
     vit_layers: int = 3
@@ -76,6 +74,8 @@ class Recipe:
 
 def train(output_dir: str | Path, recipe: Recipe | None = None) -> dict[str, Any]:
     """Render, train, export to `output_dir` in the released layout, and measure what was exported.
+
+    Repeatable for a given machine and thread count; sets torch's thread count for the process.
 
     Returns:
         `scores` (see `evaluate`), `parameters`, `bytes`, `render_minutes`, `train_minutes`.

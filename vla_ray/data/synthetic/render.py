@@ -90,7 +90,7 @@ class _Canvas:
     ) -> None:
         """The band of road between two lateral offsets and two arc lengths (m from the ego)."""
         s = self.scene.ego_s + np.linspace(s0, s1, max(2, int((s1 - s0) / 0.75)))
-        left, right = road_to_ego(self.scene, s, e0), road_to_ego(self.scene, s, e1)
+        left, right = road_to_ego(self.scene, s, np.array([[e0], [e1]]))
         seen = (left[:, 0] > _NEAR_M) & (right[:, 0] > _NEAR_M)
         if seen.sum() > 1:
             edge = np.concatenate([left[seen], right[seen][::-1]])
@@ -288,10 +288,10 @@ def render(scene: Scene, width: int = 448) -> tuple[ByteArray, ByteArray]:
     canvas = _Canvas(scene, width)
     _far_scenery(canvas)
     _road(canvas)
-    placed = [(road_to_ego(scene, t.s, t.e), t) for t in scene.things]
-    for (x, y), thing in sorted(placed, key=lambda item: -float(item[0][0])):
+    feet = road_to_ego(scene, np.array([t.s for t in scene.things]), np.array([t.e for t in scene.things]))
+    for (x, y), thing in sorted(zip(feet.tolist(), scene.things, strict=True), key=lambda item: -item[0][0]):
         if x > _THING_NEAR_M and abs(y) < 4 * x:
-            _DRAW[thing.kind](_Brush(canvas, float(x), float(y)), thing)
+            _DRAW[thing.kind](_Brush(canvas, x, y), thing)
     return canvas.finish()
 
 

@@ -157,8 +157,9 @@ def road_to_ego(
         th = heading(scene, s)
         return _lane_world(scene, s) + np.stack([-e * np.sin(th), e * np.cos(th)], -1)
 
-    origin = world(np.float64(scene.ego_s) * np.ones(1), np.float64(scene.ego_e) * np.ones(1))[0]
-    c, sn = np.cos(heading(scene, scene.ego_s)), np.sin(heading(scene, scene.ego_s))
+    origin = world(np.array([scene.ego_s]), np.array([scene.ego_e]))[0]
+    th_ego = heading(scene, scene.ego_s)
+    c, sn = np.cos(th_ego), np.sin(th_ego)
     d = world(s, e) - origin
     return np.stack([c * d[..., 0] + sn * d[..., 1], -sn * d[..., 0] + c * d[..., 1]], -1)
 

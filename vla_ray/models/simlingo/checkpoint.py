@@ -19,7 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from vla_ray.errors import CheckpointError
 from vla_ray.models.simlingo.config import SimLingoConfig
-from vla_ray.models.simlingo.layout import Source, find, optional_names, released_shapes, sources
+from vla_ray.models.simlingo.layout import find, optional_names, released_shapes, sources
 from vla_ray.models.simlingo.model import SimLingo
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 PREFIXES = ("module.", "_forward_module.")  # left by DistributedDataParallel and by Lightning's strategies
 FLOAT32_PARTS = ("route_head.", "speed_head.", "waypoint_encoder.")  # trajectories are metres: no bf16 here
 REMAP_BYTES = 128 << 20  # the file is mapped anew after this much, so that pages already copied are given back
+MERGE_ELEMENTS = 1 << 18  # merged at a time: 1 MB of float32
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -37,20 +38,24 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        hint = " It is a directory: give the pytorch_model.pt inside it." if path.is_dir() else " Check model.checkpoint."
+        hint = (
+            " It is a directory: give the pytorch_model.pt inside it." if path.is_dir() else " Check model.checkpoint."
+        )
         raise CheckpointError(f"there is no checkpoint {path}.{hint}")
     try:
         state: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as e:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for the same thing: a bad file
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise CheckpointError(
-            f"{path} cannot be read as a torch checkpoint ({reason}). It may be a partial download or a git-lfs pointer: "
-            f"{path.stat().st_size:,} bytes; the released file has 2,569,679,322."
+            f"{path} cannot be read as a torch checkpoint ({reason}). It may be a partial download or a "
+            f"git-lfs pointer: {path.stat().st_size:,} bytes; the released file has 2,569,679,322."
         ) from e
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} does not map names to tensors. Make it with zero_to_fp32.py from the training run.")
+        raise CheckpointError(
+            f"{path} does not map names to tensors. Make it with zero_to_fp32.py from the training run."
+        )
     return {_strip(k): v for k, v in state.items()}
 
 
@@ -71,7 +76,9 @@ def check_layout(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], lora_r
     missing = [k for k in expected if k not in shapes and not any(n in shapes for n in groups.get(k, ()))]
     unexpected = [k for k in shapes if k not in expected]
     misshapen = [
-        f"{k} is {tuple(shapes[k])}, expected {tuple(v)}" for k, v in expected.items() if k in shapes and tuple(shapes[k]) != v
+        f"{k} is {tuple(shapes[k])}, expected {tuple(v)}"
+        for k, v in expected.items()
+        if k in shapes and tuple(shapes[k]) != v
     ]
     if missing or unexpected or misshapen:
         parts = [
@@ -122,15 +129,24 @@ def load_model(
         model = SimLingo(config, placeholder_id)
     state = read_state(path)
     check_layout(model, {k: tuple(v.shape) for k, v in state.items()}, config.lora_rank, path)
-    copied, total = 0, 0
+    mapped, total = 0, 0
     for source in sources(model, lora=config.lora_rank > 0):
-        if copied > REMAP_BYTES:
-            state, copied = read_state(path), 0
+        tensor = state[find(state, source)]
+        if mapped + tensor.nbytes > REMAP_BYTES:
+            del tensor, state
+            state, mapped = read_state(path), 0
+            tensor = state[find(state, source)]
+        mapped += tensor.nbytes
         target = torch.float32 if source.parameter.startswith(FLOAT32_PARTS) else dtype
-        tensor = _materialise(state, source, config.lora_scale).to(device=device, dtype=target, copy=True)
-        _assign(model, source.parameter, tensor.contiguous())
-        copied += tensor.numel() * 4
-        total += tensor.numel() * tensor.element_size()
+        if source.third is not None:
+            tensor = tensor.chunk(3)[source.third]
+        if source.lora:
+            a, b = (state[n] for n in source.lora_names())
+            own = merge_lora(tensor, a, b, config.lora_scale, target).to(device)
+        else:
+            own = tensor.to(device=device, dtype=target, copy=True).contiguous()
+        _assign(model, source.parameter, own)
+        total += own.nbytes
     # The rotary frequencies are no parameters: no file holds them, and the meta device lost them.
     model.language.model.rotary_emb = Qwen2RotaryEmbedding(model.language.config).to(device)
     model.eval().requires_grad_(False)
@@ -138,14 +154,18 @@ def load_model(
     return model
 
 
-def _materialise(state: Mapping[str, Tensor], source: Source, lora_scale: float) -> Tensor:
-    tensor = state[find(state, source)]
-    if source.third is not None:
-        tensor = tensor.chunk(3)[source.third]
-    if source.lora:
-        a, b = (state[n] for n in source.lora_names())
-        tensor = tensor.float() + lora_scale * (b.float() @ a.float())
-    return tensor
+def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """W + scale * B A in float32, rounded once to `dtype` (Hu et al. 2021).
+
+    Works through blocks of rows: a float32 copy of every matrix would leave holes in the heap of half the model's size.
+    """
+    merged = torch.empty(weight.shape, dtype=dtype)
+    rows = max(1, MERGE_ELEMENTS // weight.shape[1])
+    a = lora_a.float()
+    for i in range(0, len(weight), rows):
+        block = slice(i, i + rows)
+        merged[block] = torch.addmm(weight[block].float(), lora_b[block].float(), a, alpha=scale)
+    return merged
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -24,7 +24,14 @@ logger = logging.getLogger(__name__)
 NUM_ROUTE_QUERIES = 20  # route points, about 1 m apart
 NUM_SPEED_QUERIES = 10  # ego positions at 0.25 s, 0.50 s ... 2.50 s
 HEAD_DIM = 64  # InternViT-300M and Qwen2-0.5B alike; only used when config.json is missing
-VARIANT_FILES = ("config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+VARIANT_FILES = (
+    "config.json",
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +159,13 @@ def read_config(
         logger.info("%s has no config.json: sizes are taken from the tensor shapes", directory)
         arch = infer_architecture(shapes)
     else:
-        raise CheckpointError(f"{directory} has no config.json. Give the InternVL2 variant's directory: model.variant_dir=DIR")
+        raise CheckpointError(
+            f"{directory} has no config.json. Give the InternVL2 variant's directory: model.variant_dir=DIR"
+        )
     if arch.get("ps_version", "v2") != "v2":
-        raise CheckpointError(f"{config_json}: ps_version is {arch['ps_version']!r}; only the pixel shuffle v2 is known.")
+        raise CheckpointError(
+            f"{config_json}: ps_version is {arch['ps_version']!r}; only the pixel shuffle v2 is known."
+        )
     try:
         return SimLingoConfig(
             variant=variant,
@@ -170,15 +181,19 @@ def read_config(
             use_thumbnail=use_thumbnail,
         )
     except KeyError as e:
-        raise CheckpointError(f"{config_json} lacks {e}; expected an InternVLChatConfig with vision_config and llm_config.") from e
+        raise CheckpointError(
+            f"{config_json} lacks {e}; expected an InternVLChatConfig with vision_config and llm_config."
+        ) from e
 
 
 def find_variant(variant: str, config_path: Path, variant_dir: str | Path | None) -> Path:
-    """Directory of the variant's tokenizer and config: as given, beside the checkpoint, in the hub cache, or downloaded."""
+    """Where the variant's tokenizer and config are: as given, beside the checkpoint, in the hub cache, or downloaded."""
     if variant_dir is not None:
         directory = Path(variant_dir)
         if not directory.is_dir():
-            raise CheckpointError(f"model.variant_dir={directory} is not a directory. Give the one that holds tokenizer.json.")
+            raise CheckpointError(
+                f"model.variant_dir={directory} is not a directory. Give the one that holds tokenizer.json."
+            )
         return directory
     root = config_path.resolve().parent.parent
     for base in (root / "pretrained", root.parent / "pretrained"):
@@ -191,8 +206,8 @@ def find_variant(variant: str, config_path: Path, variant_dir: str | Path | None
         return Path(snapshot_download(variant, allow_patterns=list(VARIANT_FILES)))
     except Exception as e:  # the hub client raises a dozen unrelated classes; all mean "not to be had"
         raise CheckpointError(
-            f"tokenizer and config.json of {variant!r} are not beside {config_path}, not in the Hugging Face cache, and "
-            f"could not be downloaded ({type(e).__name__}). Fetch that repository and give model.variant_dir=DIR"
+            f"tokenizer and config.json of {variant!r} are not beside {config_path}, not in the Hugging Face cache, "
+            f"and could not be downloaded ({type(e).__name__}). Fetch that repository and give model.variant_dir=DIR"
         ) from e
 
 
@@ -206,7 +221,9 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     def shape(suffix: str) -> tuple[int, ...]:
         found = [tuple(s) for k, s in shapes.items() if k.endswith(suffix)]
         if not found:
-            raise CheckpointError(f"cannot infer the architecture: no tensor named *{suffix}. Give model.variant_dir=DIR")
+            raise CheckpointError(
+                f"cannot infer the architecture: no tensor named *{suffix}. Give model.variant_dir=DIR"
+            )
         return found[0]
 
     def layers(part: str) -> int:

@@ -116,7 +116,7 @@ def released_shapes(model: nn.Module, lora_rank: int) -> dict[str, tuple[int, ..
     shapes: dict[str, tuple[int, ...]] = {}
     for s in sources(model, lora=lora_rank > 0):
         shapes[s.name] = (3 * s.shape[0], *s.shape[1:]) if s.third is not None else s.shape
-        shapes.update({alias: s.shape for alias in s.aliases})
+        shapes.update(dict.fromkeys(s.aliases, s.shape))
         if s.lora:
             a, b = s.lora_names()
             shapes[a], shapes[b] = (lora_rank, s.shape[1]), (s.shape[0], lora_rank)

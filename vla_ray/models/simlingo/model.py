@@ -150,8 +150,7 @@ class SimLingo(nn.Module):
         is_point = ids == self.placeholder_id
         if is_point.any():
             points = torch.cat([p for p in prompt.points_B if p is not None]).to(self.device)
-            encoder_dtype = self.waypoint_encoder[0].weight.dtype
-            encoded = self.waypoint_encoder(points.to(encoder_dtype)).to(x.dtype)
+            encoded = self.waypoint_encoder(points.to(_dtype(self.waypoint_encoder))).to(x.dtype)
             x = x.masked_scatter(is_point.unsqueeze(-1), encoded)
         return x
 
@@ -204,7 +203,7 @@ class SimLingo(nn.Module):
 
     def deltas(self, queries_B30H: Tensor) -> tuple[Tensor, Tensor]:
         """Per-step displacements [B,20,2] and [B,10,D] from the query features."""
-        x = queries_B30H.to(self.route_head[0].weight.dtype)
+        x = queries_B30H.to(_dtype(self.route_head))
         return self.route_head(x[:, :NUM_ROUTE_QUERIES]), self.speed_head(x[:, NUM_ROUTE_QUERIES:])
 
     def trajectory(self, queries_B30H: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,6 +225,10 @@ def pixel_shuffle(x_TGGC: Tensor, factor: int = 2) -> Tensor:
     n = g // factor
     x = x_TGGC.view(t, n, factor, n, factor, c).permute(0, 1, 3, 2, 4, 5)
     return x.reshape(t, n, n, factor * factor * c)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
 
 
 def _positions(mask_BL: Tensor) -> Tensor:

@@ -182,14 +182,20 @@ class Processor:
         count = question.count(TARGET_POINT)
         if count and (count != 2 or TARGET_POINT * 2 not in question or target_points is None):
             raise SceneError(
-                f"question {question!r} has {count} {TARGET_POINT}, the frame {'no' if target_points is None else 'two'} "
-                f"target points. Write {TARGET_POINT}{TARGET_POINT} once and give target_points [[x, y], [x, y]]."
+                f"question {question!r} has {count} {TARGET_POINT}, the frame "
+                f"{'no' if target_points is None else 'two'} target points. Write {TARGET_POINT}{TARGET_POINT} once and give target_points [[x, y], [x, y]]."
             )
-        reserved = [t for t in (*ADDED_TOKENS[:-1], IMAGE_TOKEN, "<img>", "</img>", "<|im_start|>", "<|im_end|>") if t in question]
+        reserved = [
+            t
+            for t in (*ADDED_TOKENS[:-1], IMAGE_TOKEN, "<img>", "</img>", "<|im_start|>", "<|im_end|>")
+            if t in question
+        ]
         if reserved:
             raise SceneError(f"question {question!r} spells {reserved[0]}, which is the model's own token. Remove it.")
 
-    def batch(self, prompts: Sequence[Prompt], tile_counts: Sequence[int], device: torch.device | str = "cpu") -> PromptBatch:
+    def batch(
+        self, prompts: Sequence[Prompt], tile_counts: Sequence[int], device: torch.device | str = "cpu"
+    ) -> PromptBatch:
         """Left-padded prompts of several frames."""
         length = max(len(p.ids) for p in prompts)
         ids = [[self.pad_id] * (length - len(p.ids)) + list(p.ids) for p in prompts]

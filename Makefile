@@ -1,0 +1,38 @@
+# make setup once (the others do it when needed); make demo; make test; make check
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check format
+
+help:            ## this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## create .venv with pinned dependencies (about 2 minutes, 1.5 GB)
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or give PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(READY)   ## capture attention and gradients on the bundled scenes with the bundled tiny driver
+	$(BIN)/python jobs/capture.py run=demo
+	$(BIN)/python jobs/show.py path=outputs/demo
+
+test: $(READY)   ## unit, Ray and end-to-end tests (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -q -m "not slow and not chaos"
+
+test-all: $(READY)  ## all tests, killing processes included (under 40 minutes on 2 cores)
+	$(BIN)/python -m pytest -q
+
+check: $(READY)  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY) ## let ruff rewrite the files
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
