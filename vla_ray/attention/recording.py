@@ -115,7 +115,7 @@ def record_attention(
         attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    probabilities = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     if attention_mask is not None:
         probabilities = probabilities * attention_mask
     _open.record(module, probabilities)

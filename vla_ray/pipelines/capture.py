@@ -158,7 +158,7 @@ class CaptureWork:
         if free is not None and needed > free:
             raise StorageError(
                 f"payload={self.config.payload} of {num_frames:,} frames needs about {needed / 1e9:,.1f} GB more, "
-                f"{location} has {free / 1e9:,.1f} GB free. Use payload=reduced, limit=N, every=N or another output_dir."
+                f"{location} has {free / 1e9:,.1f} GB free. Use payload=reduced, limit=N, every=N or another disk."
             )
 
     def _payload_bytes(self) -> int:

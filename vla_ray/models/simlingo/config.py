@@ -187,7 +187,7 @@ def read_config(
 
 
 def find_variant(variant: str, config_path: Path, variant_dir: str | Path | None) -> Path:
-    """Where the variant's tokenizer and config are: as given, beside the checkpoint, in the hub cache, or downloaded."""
+    """Where the variant's tokenizer and config are: as given, beside the checkpoint, in the hub cache, or fetched."""
     if variant_dir is not None:
         directory = Path(variant_dir)
         if not directory.is_dir():

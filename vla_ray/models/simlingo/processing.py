@@ -183,13 +183,10 @@ class Processor:
         if count and (count != 2 or TARGET_POINT * 2 not in question or target_points is None):
             raise SceneError(
                 f"question {question!r} has {count} {TARGET_POINT}, the frame "
-                f"{'no' if target_points is None else 'two'} target points. Write {TARGET_POINT}{TARGET_POINT} once and give target_points [[x, y], [x, y]]."
+                f"{'no' if target_points is None else 'two'} target points. "
+                f"Write {TARGET_POINT}{TARGET_POINT} once and give target_points [[x, y], [x, y]]."
             )
-        reserved = [
-            t
-            for t in (*ADDED_TOKENS[:-1], IMAGE_TOKEN, "<img>", "</img>", "<|im_start|>", "<|im_end|>")
-            if t in question
-        ]
+        reserved = [t for t in self.tokenizer.get_added_vocab() if t in question and t != TARGET_POINT]
         if reserved:
             raise SceneError(f"question {question!r} spells {reserved[0]}, which is the model's own token. Remove it.")
 
