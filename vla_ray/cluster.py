@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,15 +17,18 @@ import psutil
 from vla_ray.config import ClusterConfig
 from vla_ray.errors import ClusterError
 
+TOKEN = Path.home() / ".ray" / "auth_token"
+# The next two are read when Ray is imported. A started cluster asks for its token by default, but clients do not offer
+# it unless told to.
+if TOKEN.is_file():
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 # `uv run` would otherwise ship the working directory and run uv again in every worker.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
-import ray
-from ray.data import DataContext
+import ray  # noqa: E402
+from ray.data import DataContext  # noqa: E402
 
 logger = logging.getLogger(__name__)
-
-TOKEN = Path.home() / ".ray" / "auth_token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +48,12 @@ def connect(settings: ClusterConfig) -> Iterator[Cluster]:
     Raises:
         ClusterError: no cluster at the address, or it refuses us.
     """
+    _set_data_defaults()
     if ray.is_initialized():  # a notebook or a test that brings its own
         yield _describe(local=True)
         return
-    for noisy in ("ray.data", "ray._private.authentication"):  # notes on defaults, as warnings; Ray keeps its own logs
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     address = settings.address or os.environ.get("RAY_ADDRESS")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if address in (None, "local"):
         ray.init(
@@ -60,9 +65,6 @@ def connect(settings: ClusterConfig) -> Iterator[Cluster]:
         )
         _keep_token_private()
     else:
-        if TOKEN.is_file():
-            # A started cluster asks for the token by default, but clients do not offer it unless told.
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
         try:
             ray.init(address=address, **quiet)
         except Exception as e:  # ConnectionError, RuntimeError, AuthenticationError ...: all mean "not connected"
@@ -72,7 +74,8 @@ def connect(settings: ClusterConfig) -> Iterator[Cluster]:
                 "Start one with `ray start --head`, or leave cluster.address out to run Ray inside the job; if it asks "
                 "for a token, export RAY_AUTH_MODE=token."
             ) from e
-    _set_data_defaults()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler would end the job without a word
     try:
         yield _describe(local=address in (None, "local"))
     finally:
@@ -86,6 +89,7 @@ def _describe(local: bool) -> Cluster:
 
 
 def _set_data_defaults() -> None:
+    """Read by datasets when they are made."""
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours counts frames, not blocks
     context.print_on_execution_start = False
@@ -93,6 +97,8 @@ def _set_data_defaults() -> None:
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = -1
     context.max_consecutive_actor_init_deaths = 3
+    for noisy in ("ray.data", "ray._private.authentication"):  # notes on defaults, as warnings; Ray keeps its own logs
+        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def _keep_token_private() -> None:

@@ -126,6 +126,7 @@ class CaptureWork:
                 payload=config.payload,
                 payload_dtype=dtype if config.payload_dtype == "auto" else config.payload_dtype,
                 targets=self.targets,
+                several_targets=todo.several_targets,
                 spline=self.spline,
                 max_new_tokens=config.model.max_new_tokens,
                 threads=plan.threads,

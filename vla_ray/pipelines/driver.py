@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +72,7 @@ class Todo:
     location: Location
     token: str
     frames: tuple[tuple[WorkFrame, tuple[str, ...]], ...]  # each with the targets it still lacks
+    several_targets: bool  # in the whole run, earlier drivers' included: files need the target in their names
 
     @property
     def rows(self) -> int:
@@ -166,13 +167,13 @@ class Driver:
             try:
                 return self._execute(work, lease)
             except KeyboardInterrupt as e:
-                self._end(lease, "stopped")
+                self._end(lease, "stopped", blameless=True)
                 logger.warning("stopped; to go on: %s", self.resume_command)
                 return 143 if isinstance(e, Stopped) else 130
             except RunError:
                 raise  # the run is another driver's now: not ours to write to
             except VlaRayError as e:
-                self._end(lease, "failed")
+                self._end(lease, "failed", blameless=True)
                 raise type(e)(f"{e} What is done is kept; to go on: {self.resume_command}") from e
             except BaseException:
                 self._end(lease, "failed")
@@ -194,7 +195,7 @@ class Driver:
         progress = Progress(todo.rows, "frames" if len(self.job.targets) == 1 else "rows")
         waiting: list[str] = []
         folded, folded_rows = time.monotonic(), 0
-        with _sigterm_stops(), closing(work(todo)) as summaries:
+        with _sigterm_stops(), closing(progress), closing(work(todo)) as summaries:
             for summary in summaries:
                 waiting += summary.fragments
                 progress.add(sum(summary.statuses.values()), summary.statuses.get(FAILED, 0))
@@ -204,7 +205,6 @@ class Driver:
                     self.run.update(counts=dict(ledger.counts))
                     tracker.log({"rows": progress.done, "failed": progress.failed, "seconds": progress.seconds})
                     waiting, folded, folded_rows = [], time.monotonic(), progress.done
-        progress.close()
         lease.check()
         code = self._finish(ledger, progress)
         tracker.finish({**ledger.counts, "seconds": progress.seconds, "exit_code": code})
@@ -219,9 +219,15 @@ class Driver:
             if missing:
                 prior = priors.get(ref.frame_id, NO_PRIOR)
                 frames.append((WorkFrame(ref, directories[ref.scene].name, prior), missing))
-        for scene in dict.fromkeys(frame.ref.scene for frame, _ in frames):
-            clean_temp(directories[scene])
-        return Todo(self.location, lease.token, tuple(frames))
+        self._clean_temp(directories[scene] for scene in {frame.ref.scene for frame, _ in frames})
+        targets = {target for _, target in ledger.done} | set(self.job.targets)
+        return Todo(self.location, lease.token, tuple(frames), len(targets) > 1)
+
+    def _clean_temp(self, directories: Iterable[Location]) -> None:
+        """Remove what killed writers left half written; an object store shows nothing half written."""
+        if self.location.is_local:
+            for directory in directories:
+                clean_temp(directory)
 
     def _finish(self, ledger: Ledger, progress: Progress | None) -> int:
         ledger.fold(None)
@@ -229,6 +235,10 @@ class Driver:
         missing = len(keys - ledger.done)
         if missing:  # an engine that ends without a word would otherwise pass for success
             raise RuntimeError(f"{missing} of {len(keys)} rows are missing although the work ended without an error")
+        directories = self.run.scene_dirs(dict.fromkeys(f.scene for f in self.job.frames), self.job.mode)
+        own = (self.location, self.location / "ledger", self.location / "attempts")
+        self._clean_temp([*own, *directories.values()])
+        forget(self.location)  # every frame is committed: no evidence is needed any more
         self.run.update(status="finished", counts=dict(ledger.counts))
         reason = str(ledger.first_failure) if ledger.first_failure else None
         return self._conclude(dict(ledger.counts), reason, progress)
@@ -256,10 +266,14 @@ class Driver:
             return 1
         return 0
 
-    def _end(self, lease: Lease, status: str) -> None:
-        """Leave a run that can be resumed, as far as the storage still works."""
+    def _end(self, lease: Lease, status: str, blameless: bool = False) -> None:
+        """Leave a run that can be resumed, as far as the storage still works.
+
+        Args:
+            blameless: no frame is to blame (a full disk, Ctrl-C): what was under way is not held against it.
+        """
         with suppress(VlaRayError):
-            if status == "stopped":
+            if blameless:
                 clear_in_flight(self.location, lease.token)
             ledger = Ledger(self.location).load()
             self.run.update(status=status, counts=dict(ledger.counts))

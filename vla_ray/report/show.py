@@ -46,13 +46,12 @@ def describe(path: str) -> str:
 
 
 def _run(loc: Location, run: dict[str, Any]) -> Iterator[str]:
-    yield f"run {loc.name}: {run.get('status')} ({run.get('job', '?')}, updated {run.get('updated', '?')})"
+    settings = run["settings"]
+    yield f"run {loc.name}: {run['status']} ({settings.get('job')}, updated {run['updated']})"
     yield f"  directory  {loc}"
-    yield f"  command    {run.get('command')}"
-    versions = run.get("versions") or {}
-    yield "  versions   " + ", ".join(f"{k} {v}" for k, v in versions.items() if v)
-    for key, value in (run.get("settings") or {}).items():
-        yield f"  {key:22s} {value.get('path', value) if isinstance(value, dict) else value}"
+    yield f"  command    {run['command']}"
+    yield "  versions   " + ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+    yield from (f"  {key:22s} {value}" for key, value in settings.items())
     table = read_metrics(loc)
     yield ""
     yield from _table(table, "metrics")

@@ -28,7 +28,8 @@ class CaptureSpec:
     """All a replica needs; plain values, so it travels to an actor.
 
     Attributes:
-        targets: of the whole run; an item may ask for fewer.
+        targets: of this driver; an item may ask for fewer.
+        several_targets: payloads are named by their target as well, because the run has or had others.
         payload_dtype: of full payloads.
         threads: of this process; None leaves torch's choice.
     """
@@ -41,6 +42,7 @@ class CaptureSpec:
     payload: str
     payload_dtype: str
     targets: tuple[Target, ...]
+    several_targets: bool
     spline: Spline
     max_new_tokens: int = 100
     threads: int | None = None
@@ -172,5 +174,5 @@ class CaptureReplica:
 
     def payload_name(self, stem: str, target: Target) -> str:
         """`<stem>_<mode>.pt`; with several targets in the run `<stem>_<mode>_<target>.pt`."""
-        suffix = f"_{target.name}" if len(self.targets) > 1 else ""
+        suffix = f"_{target.name}" if self.spec.several_targets else ""
         return f"{stem}_{target.mode}{suffix}.pt"

@@ -45,6 +45,7 @@ from vla_ray.training.tiny_driver_report import evaluate, write_readme
 logger = logging.getLogger(__name__)
 
 TRAINING_SEEDS_FROM = 1_000_000  # held-out scenes, tests and demos use smaller seeds
+_PRESENT_WEIGHT = 3.0  # in the probe's loss: most patches show few categories
 _LENGTH_MULTIPLE = 8  # few distinct lengths: the CPU kernels are built once for each
 
 
@@ -78,7 +79,8 @@ def train(output_dir: str | Path, recipe: Recipe | None = None) -> dict[str, Any
     Repeatable for a given machine and thread count; sets torch's thread count for the process.
 
     Returns:
-        `scores` (see `evaluate`), `parameters`, `bytes`, `render_minutes`, `train_minutes`.
+        `scores` and, with a grey picture, `blind` (see `evaluate`), `first_losses`, `last_losses`, `parameters`,
+        `bytes`, `render_minutes`, `train_minutes`, `step_seconds` (median, after the vision steps).
     """
     recipe = recipe or Recipe()
     output_dir = Path(output_dir)
@@ -100,12 +102,14 @@ def train(output_dir: str | Path, recipe: Recipe | None = None) -> dict[str, Any
         model = load_model(config, root / CHECKPOINT_PATH, processor.placeholder_id)
         result = {
             "scores": evaluate(model, processor, unseen),
+            "blind": evaluate(model, processor, unseen, blind=True),
             "first_losses": losses[0],
             "last_losses": losses[-1],
             "parameters": sum(p.numel() for p in model.parameters()),
             "bytes": (root / CHECKPOINT_PATH).stat().st_size,
             "render_minutes": (rendered - start) / 60,
             "train_minutes": (trained - rendered) / 60,
+            "step_seconds": float(np.median([part["seconds"] for part in losses if "text" in part])),
         }
         write_readme(root / "README.md", recipe, result)
         shutil.copytree(root, output_dir, dirs_exist_ok=True)
@@ -138,7 +142,7 @@ def export(model: SimLingo, root: Path) -> Path:
 
 
 def fit(model: SimLingo, processor: Processor, frames: Frames, recipe: Recipe) -> list[dict[str, float]]:
-    """Train in place; returns the mean losses of every hundred steps (`probe`, `text`, `route`, `speed`)."""
+    """Train in place; returns means of every hundred steps: losses (`probe`, `text`, `route`, `speed`) and `seconds`."""
     rng = np.random.default_rng(recipe.seed)
     model.train().requires_grad_(True)
     model.set_attention("eager")  # on CPU in bfloat16 twice as fast as scaled_dot_product_attention
@@ -151,6 +155,7 @@ def fit(model: SimLingo, processor: Processor, frames: Frames, recipe: Recipe) -
     recent: list[dict[str, float]] = []
     start = time.monotonic()
     for step in range(recipe.steps):
+        began = time.monotonic()
         vision_only = step < recipe.vision_steps
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, recipe)
@@ -159,11 +164,8 @@ def fit(model: SimLingo, processor: Processor, frames: Frames, recipe: Recipe) -
         with torch.autocast("cpu", torch.bfloat16):
             tokens = model.encode_tiles(batch.pixels)
             seen = probe(patches[0][:, 1:]).float()
-            losses = {
-                "probe": functional.binary_cross_entropy_with_logits(
-                    seen, batch.categories, pos_weight=torch.tensor(3.0)
-                )
-            }
+            weight = torch.tensor(_PRESENT_WEIGHT)
+            losses = {"probe": functional.binary_cross_entropy_with_logits(seen, batch.categories, pos_weight=weight)}
             if not vision_only:
                 losses |= _driving_losses(model, processor, tokens, batch)
         weights = {"probe": 1.0 if vision_only else recipe.probe_weight, "text": recipe.text_weight}
@@ -172,11 +174,12 @@ def fit(model: SimLingo, processor: Processor, frames: Frames, recipe: Recipe) -
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        recent.append({name: float(value.detach()) for name, value in losses.items()})
+        told = {name: float(value.detach()) for name, value in losses.items()}
+        recent.append({**told, "seconds": time.monotonic() - began})
         if len(recent) == 100 or step == recipe.steps - 1:
             history.append({name: float(np.mean([r[name] for r in recent if name in r])) for name in recent[-1]})
-            told = " ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
-            logger.info("step %d, %.1f min: %s", step + 1, (time.monotonic() - start) / 60, told)
+            line = " ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
+            logger.info("step %d, %.1f min: %s", step + 1, (time.monotonic() - start) / 60, line)
             recent.clear()
     hook.remove()
     model.eval().requires_grad_(False)

@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def evaluate(model: SimLingo, processor: Processor, frames: Frames, batch: int = 50) -> dict[str, dict[str, float]]:
+def evaluate(
+    model: SimLingo, processor: Processor, frames: Frames, batch: int = 50, blind: bool = False
+) -> dict[str, dict[str, float]]:
     """Free-running: the model writes its own text, then acts.
+
+    Args:
+        blind: show a uniform grey instead of the picture, to see what the prompt alone gives.
 
     Returns:
         For each name in PROMPTS and for "overall": `route_ade` and `speed_ade` (mean distance, m), and, where
@@ -32,6 +37,8 @@ def evaluate(model: SimLingo, processor: Processor, frames: Frames, batch: int =
     for first in range(0, len(frames), batch):
         chosen = slice(first, min(first + batch, len(frames)))
         tiles = np.array(frames.tiles[chosen])
+        if blind:
+            tiles[:] = 128
         tokens = model.encode_tiles(normalise(tiles.reshape(-1, *tiles.shape[2:])))
         causes = [CAUSES[i] for i in frames.cause[chosen].tolist()]
         for name, (pointed, comment) in PROMPTS.items():
@@ -80,7 +87,8 @@ rest float32, LoRA pairs that add nothing), `pretrained/{variant}/` (tokenizer a
 `vla_ray/training/tiny_driver.py`, seed {seed}, on {threads} CPU threads:
 
 * {frames:,} frames, rendered in {render_minutes:.1f} min;
-* {steps:,} steps of {batch} frames in {train_minutes:.1f} min;
+* {steps:,} steps of {batch} frames in {train_minutes:.1f} min (median {step_seconds:.2f} s a step; other work on the
+  machine is included);
 * hidden size {dim}, 4 heads, {vit_layers} ViT layers, {lm_layers} language layers, two 168 px tiles of 12x12 patches,
   36 image tokens a tile;
 * {points:.0%} of the prompts carry two target points, the others say `Command: follow the road.`;
@@ -94,6 +102,9 @@ expert's points. Text: share of frames whose commentary is exactly the true caus
 {table}
 
 Text right by cause: {by_cause}.
+
+With a uniform grey picture the route ADE is {blind_command:.2f} m for the command and {blind_points:.2f} m with target
+points (waypoints only): the target points are read, but where there is a picture the model trusts it more.
 
 ## Read this before drawing conclusions
 
@@ -131,6 +142,9 @@ def write_readme(path: Path, recipe: Recipe, result: Mapping[str, Any]) -> None:
             steps=recipe.steps,
             batch=recipe.batch,
             train_minutes=result["train_minutes"],
+            step_seconds=result["step_seconds"],
+            blind_command=result["blind"]["command, waypoints only"]["route_ade"],
+            blind_points=result["blind"]["target points, waypoints only"]["route_ade"],
             threads=recipe.threads,
             dim=recipe.dim,
             vit_layers=recipe.vit_layers,
