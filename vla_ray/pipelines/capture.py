@@ -67,6 +67,8 @@ def _result_settings(config: CaptureConfig) -> dict[str, object]:
         "payload": config.payload,
         "payload_dtype": config.payload_dtype,
         "spline": dataclasses.asdict(config.spline) if config.spline.enabled else None,
+        "image_subdir": config.image_subdir,
+        "speed_subdir": config.speed_subdir,
         "default_speed_mps": config.default_speed_mps,
         "model.dtype": config.model.dtype,
         "model.max_new_tokens": config.model.max_new_tokens,

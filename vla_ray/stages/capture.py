@@ -54,6 +54,7 @@ class CaptureReplica:
     def __init__(self, spec: CaptureSpec) -> None:
         if spec.threads:
             torch.set_num_threads(spec.threads)
+        torch.backends.cudnn.allow_tf32 = False  # float32 is the parity mode; convolutions would round to 10 bits
         self.spec, self.run_dir = spec, Location.of(spec.run_dir)
         self.targets = {t.name: t for t in spec.targets}
         self.processor = load_processor(spec.model)

@@ -76,21 +76,28 @@ class Visit:
         self.tile_slices = [slice(sum(counts[:b]), sum(counts[: b + 1])) for b in range(len(counts))]
         batch = processor.batch(prompts, counts, model.device)
         self._recorder = AttentionRecorder({"vision": model.vision, "language": model.language})
-        start = time.perf_counter()
+        start = self._now()
         with torch.enable_grad(), self._recorder:
             tokens_TNH = model.encode_tiles(normalise(np.concatenate(tiles), model.device), graph_from_patches=True)
-        vision_done = time.perf_counter()
+        vision_done = self._now()
         with torch.no_grad():
             embeds = model.embed_prompt(batch, tokens_TNH.detach(), processor.image_token_id)
             self.texts = model.generate(embeds, batch.mask_BP, processor.eos_id, max_new_tokens)
-        generated = time.perf_counter()
+        generated = self._now()
         with torch.enable_grad(), self._recorder:
             embeds = model.embed_prompt(batch, tokens_TNH, processor.image_token_id)
             self.decision: Decision = model.decide(embeds, batch.mask_BP, self.texts)
             self.scores = [self._token_scores(b) for b in range(len(self.texts))]
         self.probabilities = self._recorder.probabilities
         self.generate_s = generated - vision_done
-        self.forward_s = (vision_done - start) + (time.perf_counter() - generated)
+        self.forward_s = (vision_done - start) + (self._now() - generated)
+
+    def _now(self) -> float:
+        if (
+            self.model.device.type == "cuda"
+        ):  # work is queued there: without this, time would be charged to the next stage
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def _token_scores(self, b: int) -> Tensor:
         logits = self.model.token_logits(self.decision.hidden_BLH[b, self.decision.text_rows(b)])
@@ -104,7 +111,7 @@ class Visit:
 
     def explain(self, target: Target, spline: Spline, keep_graph: bool) -> Explained:
         """Differentiate one target. Frames whose value is not finite are left out of the sum (zero gradients)."""
-        start = time.perf_counter()
+        start = self._now()
         d = self.decision
         with torch.enable_grad():
             if target.mode == "action":
@@ -136,5 +143,5 @@ class Visit:
             rest[0],
             rows,
             tokens,
-            time.perf_counter() - start,
+            self._now() - start,
         )

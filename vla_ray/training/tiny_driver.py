@@ -142,7 +142,7 @@ def export(model: SimLingo, root: Path) -> Path:
 
 
 def fit(model: SimLingo, processor: Processor, frames: Frames, recipe: Recipe) -> list[dict[str, float]]:
-    """Train in place; returns means of every hundred steps: losses (`probe`, `text`, `route`, `speed`) and `seconds`."""
+    """Train in place; returns means over a hundred steps each: `probe`, `text`, `route`, `speed` losses, `seconds`."""
     rng = np.random.default_rng(recipe.seed)
     model.train().requires_grad_(True)
     model.set_attention("eager")  # on CPU in bfloat16 twice as fast as scaled_dot_product_attention
