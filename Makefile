@@ -21,12 +21,13 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)   ## capture attention and gradients on the bundled scenes with the bundled tiny driver
 	$(BIN)/python jobs/capture.py run=demo
 	$(BIN)/python jobs/show.py path=outputs/demo
+	@echo; echo "next: source $(VENV)/bin/activate; python jobs/capture.py --help"
 
 test: $(READY)   ## unit, Ray and end-to-end tests (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not slow and not chaos"
 
-test-all: $(READY)  ## all tests, killing processes included (under 40 minutes on 2 cores)
-	$(BIN)/python -m pytest -q
+test-all: test   ## the same and the slow ones, those that kill processes included (under 40 minutes on 2 cores)
+	$(BIN)/python -m pytest -q -m "slow or chaos"
 
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .

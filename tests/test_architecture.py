@@ -17,7 +17,7 @@ MAY_IMPORT_RAY = ("pipelines/", "training/trainer.py", "cluster.py")
 
 # Layers from the bottom up; a module may import its own layer and those below it.
 LAYERS = (
-    ("errors", "schema", "config"),
+    ("errors", "schema", "config", "logs"),
     ("storage",),
     ("data",),
     ("models",),

@@ -7,7 +7,6 @@ the current directory, and an expected error is one line on stderr and exit code
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shlex
@@ -23,10 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vla_ray.errors import ConfigError, VlaRayError, nearest
+from vla_ray.logs import setup_logging
 
 T = TypeVar("T")
-
-LITERAL = re.compile(r"null|true|false|[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.IGNORECASE)
 
 
 def run_job(script: str, schema: type[T], job: Callable[[T], int | None], argv: list[str] | None = None) -> None:
@@ -50,14 +48,6 @@ def run_job(script: str, schema: type[T], job: Callable[[T], int | None], argv: 
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def setup_logging() -> None:
-    """Timestamps on stderr; VLA_RAY_LOG=DEBUG shows more."""
-    level = os.environ.get("VLA_RAY_LOG", "INFO").upper()
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    for noisy in ("httpx", "urllib3", "fsspec", "matplotlib", "PIL"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def load_config(root: Path, name: str, schema: type[T], argv: list[str]) -> T:
@@ -119,16 +109,23 @@ def known_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def quote(value: str) -> str:
-    """A value in Hydra's grammar that means what was typed: literals and lists stay, everything else is a string."""
+    """A value in Hydra's grammar that means what was typed.
+
+    Everything is a string, which the schema's types then convert, but for `null`, nothing at all, and lists.
+    """
     value = value.strip()
-    if LITERAL.fullmatch(value) or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
-        return value
-    if value.startswith("[") and value.endswith("]"):
+    if value.lower() in ("", "null", "none"):
+        return "null"
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    elif value.startswith("[") and value.endswith("]"):
         lexer = shlex.shlex(value[1:-1], posix=True)
-        lexer.whitespace, lexer.whitespace_split, lexer.escape = ",", True, ""
+        lexer.whitespace, lexer.whitespace_split, lexer.escape, lexer.commenters = ",", True, "", ""
         return "[" + ",".join(quote(item) for item in lexer if item.strip()) + "]"
-    escaped = value.replace("'", "\\'")
-    return f"'{escaped}'"
+    value = value.replace("${", "\\${")  # no interpolation of what was typed
+    # A backslash counts as an escape only before a quote, and the closing one is a quote too.
+    value = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+    return f"'{value}'"
 
 
 def _readable(error: Exception) -> ConfigError:

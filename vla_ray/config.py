@@ -112,6 +112,7 @@ class CaptureConfig:
     retry_failed: bool = _knob(False, "do failed frames again")
     dry_run: bool = _knob(False, "say what would be done, and stop")
     replicas: int | None = _knob(None, "model replicas; null: one per GPU, or by CPUs and memory")
+    gpus_per_replica: float = _knob(1.0, "GPUs of one replica; 0.5: two share a GPU and half of its memory each")
     batch_size: int | None = _knob(None, "frames per batch; null: by device and payload")
     model: ModelConfig = _knob(ModelConfig, "the model")
     spline: SplineConfig = _knob(SplineConfig, "trajectory smoothing")
@@ -119,18 +120,26 @@ class CaptureConfig:
     wandb: WandbConfig = _knob(WandbConfig, "Weights & Biases summary")
 
     def __post_init__(self) -> None:
-        scenes = [self.scene_dir] if isinstance(self.scene_dir, str) else list(self.scene_dir)
+        scenes = [self.scene_dir] if isinstance(self.scene_dir, str) else list(self.scene_dir or [])
         if not any(scenes):
             raise ConfigError("scene_dir is empty; give a scene, a root of scenes, a list, or a glob")
         object.__setattr__(self, "scene_dir", [resolve_path(str(s)) for s in scenes])
         object.__setattr__(self, "output_dir", resolve_path(self.output_dir or "outputs"))
         if not self.model.checkpoint:
             raise ConfigError("model.checkpoint is empty; give the path of a pytorch_model.pt, or model=simlingo-tiny")
+        if self.payload == "relevance":
+            raise ConfigError(
+                "payload=relevance is not there yet; use payload=reduced, from which maps can be made later"
+            )
         _choose("payload", self.payload, ("full", "reduced"))
         _choose("payload_dtype", self.payload_dtype, ("auto", "float32", "float16", "bfloat16"))
         _at_least("limit", self.limit, 1)
         _at_least("every", self.every, 1)
         _at_least("replicas", self.replicas, 1)
+        if self.gpus_per_replica <= 0:
+            raise ConfigError(
+                f"gpus_per_replica={self.gpus_per_replica:g} must be positive; without GPUs use model.device=cpu"
+            )
         _at_least("batch_size", self.batch_size, 1)
         _at_least("default_speed_mps", self.default_speed_mps, 0)
         if not 0 <= self.max_error_rate <= 1:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any
 
 from vla_ray.config import WandbConfig
 from vla_ray.errors import ConfigError
@@ -13,26 +15,27 @@ from vla_ray.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-class Tracker(Protocol):
-    def log(self, values: Mapping[str, Any]) -> None: ...
-
-    def finish(self, summary: Mapping[str, Any]) -> None: ...
-
-
-class NullTracker:
-    """Tracks nothing."""
+class Tracker(AbstractContextManager["Tracker"]):
+    """Tracks nothing; the base of what does. Leaving its context ends the tracking, also after an error."""
 
     def log(self, values: Mapping[str, Any]) -> None:
+        """One point of the run's curves."""
+
+    def summarise(self, values: Mapping[str, Any]) -> None:
+        """What the run came to."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         return
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        return
 
+class WandbTracker(Tracker):
+    """One W&B run per run directory, known by `identity`: resuming continues it."""
 
-class WandbTracker:
-    """One W&B run per run directory: resuming continues it."""
-
-    def __init__(self, settings: WandbConfig, run: str, config: Mapping[str, Any], directory: Path) -> None:
+    def __init__(
+        self, settings: WandbConfig, run: str, identity: str, config: Mapping[str, Any], directory: Path
+    ) -> None:
         import wandb  # a second to import, and most runs do without
 
         directory.mkdir(parents=True, exist_ok=True)
@@ -41,7 +44,7 @@ class WandbTracker:
                 project=settings.project,
                 entity=settings.entity,
                 name=run,
-                id=run,
+                id=identity,
                 resume="allow",
                 mode=settings.mode,  # type: ignore[arg-type]
                 config=dict(config),
@@ -57,11 +60,17 @@ class WandbTracker:
     def log(self, values: Mapping[str, Any]) -> None:
         self._run.log(dict(values))
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        self._run.summary.update(dict(summary))
-        self._run.finish()
+    def summarise(self, values: Mapping[str, Any]) -> None:
+        self._run.summary.update(dict(values))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._run.finish(exit_code=0 if kind is None else 1)
 
 
-def make_tracker(settings: WandbConfig, run: str, config: Mapping[str, Any], directory: Path) -> Tracker:
+def make_tracker(settings: WandbConfig, run: str, identity: str, config: Mapping[str, Any], directory: Path) -> Tracker:
     """A tracker for the mode asked for; `directory` is where W&B keeps its files."""
-    return NullTracker() if settings.mode == "disabled" else WandbTracker(settings, run, config, directory)
+    if settings.mode == "disabled":
+        return Tracker()
+    return WandbTracker(settings, run, identity, config, directory)

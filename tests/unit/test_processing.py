@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vla_ray.models.simlingo.processing import TileGeometry, Tiler, default_question, normalise, tile_grid
+from vla_ray.data.tiles import TileGeometry, Tiler, tile_grid
+from vla_ray.models.simlingo.processing import default_question, normalise
 
 
 @pytest.mark.parametrize(

@@ -105,13 +105,39 @@ def test_a_changed_checkpoint_is_refused(tmp_path: Path) -> None:
     open_run(tmp_path, checkpoints=identity())
 
     mtime = weights.stat().st_mtime_ns
-    for content, time in ((b"b" * 100_000, mtime), (b"a" * 99_999, mtime), (b"a" * 100_000, mtime + 10**9)):
+    os.utime(weights, ns=(mtime + 10**9, mtime + 10**9))
+    open_run(tmp_path, checkpoints=identity())  # a fresh clone has other times; the content counts
+    for content in (b"a" * 99_999 + b"b", b"a" * 99_999):
         weights.write_bytes(content)
-        os.utime(weights, ns=(time, time))
         with pytest.raises(RunError, match=r"file of model\.checkpoint: run has"):
             open_run(tmp_path, checkpoints=identity())
     with pytest.raises(StorageError, match="Cannot find"):
         file_identity(Location.of(tmp_path / "none.pt"))
+
+
+def test_a_large_checkpoint_is_known_by_size_time_and_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vla_ray.storage.run._SMALL_BYTES", 10)
+    weights = tmp_path / "model.pt"
+    seen = []
+    for content, time in ((b"a" * 100, 1), (b"b" * 100, 1), (b"a" * 99, 1), (b"a" * 100, 2), (b"a" * 100, 1)):
+        weights.write_bytes(content)
+        os.utime(weights, ns=(time * 10**9, time * 10**9))
+        seen.append(file_identity(Location.of(weights)))
+    assert seen[0] == seen[4]
+    assert all(other != seen[0] for other in seen[1:4])
+
+
+def test_an_automatic_setting_stays_what_it_was(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    run.start(FINGERPRINT)
+    run.pin("model.dtype", "float32")
+    again = open_run(tmp_path)
+    again.start(FINGERPRINT)
+    again.pin("model.dtype", "float32")
+    with pytest.raises(RunError, match=r"started with model\.dtype=float32, here it would be bfloat16"):
+        again.pin("model.dtype", "bfloat16")
 
 
 def test_start_compares_again_under_the_lease(tmp_path: Path) -> None:
@@ -193,9 +219,11 @@ def test_a_place_that_cannot_hold_a_run() -> None:
 
 
 def test_manifest_fingerprint_depends_on_frames_order_and_targets() -> None:
-    base = manifest_fingerprint(["s/1", "s/2"], ["a"])
-    assert base == manifest_fingerprint(iter(["s/1", "s/2"]), ("a",))
-    others = [(["s/2", "s/1"], ["a"]), (["s/1"], ["a"]), (["s/1", "s/2"], ["a", "b"]), (["s/1", "s/2", "a"], [])]
+    one, two = {"frame_id": "s/1", "speed_mps": 1.0}, {"frame_id": "s/2", "speed_mps": 1.0}
+    base = manifest_fingerprint([one, two], ["a"])
+    assert base == manifest_fingerprint(iter([dict(reversed(one.items())), two]), ("a",))
+    faster = {**two, "speed_mps": 2.0}
+    others = [([two, one], ["a"]), ([one], ["a"]), ([one, two], ["a", "b"]), ([one, faster], ["a"])]
     assert len({base, *(manifest_fingerprint(*other) for other in others)}) == 5
 
 

@@ -13,7 +13,7 @@ import torch
 from vla_ray.data.synthetic import CAUSES, Kind, render
 from vla_ray.models.simlingo import load_model, load_processor
 from vla_ray.models.simlingo.config import read_config
-from vla_ray.models.simlingo.processing import ADDED_TOKENS, Tiler, normalise
+from vla_ray.models.simlingo.processing import ADDED_TOKENS, make_tiler, normalise
 from vla_ray.training.tiny_driver import Recipe, build, evaluate, export, fit, train
 from vla_ray.training.tiny_driver_data import (
     CATEGORIES,
@@ -86,7 +86,7 @@ def test_tokenizer_knows_the_texts_and_not_the_run_time_tokens(tmp_path: Path) -
 def test_categories_follow_the_ids_and_are_blind_to_the_cause(tmp_path: Path) -> None:
     _, model = build(tmp_path, SMALL)
     rgb, _ = render(frame_scene(1))
-    _, geometry = Tiler.of(model.config)(rgb)
+    _, geometry = make_tiler(model.config)(rgb)
     ids = np.zeros((224, 448), np.uint8)
     ids[:80, 224:] = Kind.LEAD_CAR
     seen = patch_categories(ids, geometry, model.config.patch_size)

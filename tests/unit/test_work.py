@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from vla_ray.data.scenes import FrameRef
+from vla_ray.data.tiles import TileGeometry
 from vla_ray.errors import StorageError
-from vla_ray.models.simlingo.processing import TileGeometry
 from vla_ray.schema import FAILED, OK
 from vla_ray.stages.decode import pack, unpack
 from vla_ray.stages.work import Loaded, Row, Worker, WorkFrame, WorkItem

@@ -11,27 +11,22 @@ from fnmatch import fnmatchcase
 from vla_ray.storage.files import Location
 
 _MAGIC = re.compile(r"[*?\[]")
-_S3_QUERY = re.compile(r"\?([a-z_]+=[^/]*)$")
 
 
 def expand(pattern: str) -> list[Location] | None:
     """The directories that a pattern matches, or None if it is an ordinary path.
 
     A directory whose name really contains the characters is taken as typed. Every segment matches one level (`**` is no
-    different from `*`); names with a leading dot match only a segment with one. In an S3 URI a `?` that begins
-    `?name=value` at the end belongs to the connection, not to the pattern.
+    different from `*`); names with a leading dot match only a segment with one.
     """
-    path, query = pattern, ""
-    if pattern[:5].lower() == "s3://" and (match := _S3_QUERY.search(pattern)):
-        path, query = pattern[: match.start()], match[0]
-    if not _MAGIC.search(path):
+    if not _MAGIC.search(pattern):
         return None
-    if "://" not in path and Location.of(path).exists():
+    if "://" not in pattern and Location.of(pattern).exists():
         return None
-    parts = path.split("/")
+    parts = pattern.split("/")
     first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
     above = "/".join(parts[:first]) or ("/" if first else ".")
-    found = [Location.of(above + query)]
+    found = [Location.of(above)]
     for part in filter(None, parts[first:]):
         found = [below for location in found for below in _below(location, part)]
     return found

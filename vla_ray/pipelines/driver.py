@@ -6,6 +6,7 @@ that must be right once (each key exactly once, a refused second driver, a stop 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shlex
 import signal
@@ -18,9 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pyarrow.compute as pc
+
 from vla_ray.config import WandbConfig
 from vla_ray.data.scenes import FrameRef
-from vla_ray.errors import RunError, VlaRayError
+from vla_ray.errors import ClusterError, RunError, VlaRayError
 from vla_ray.progress import Progress
 from vla_ray.schema import FAILED
 from vla_ray.stages.work import Summary, WorkFrame, WorkItem
@@ -73,6 +76,7 @@ class Todo:
     token: str
     frames: tuple[tuple[WorkFrame, tuple[str, ...]], ...]  # each with the targets it still lacks
     several_targets: bool  # in the whole run, earlier drivers' included: files need the target in their names
+    pin: Callable[[str, str], None]  # RunDirectory.pin: fixes what an `auto` setting turned out to be
 
     @property
     def rows(self) -> int:
@@ -119,7 +123,7 @@ class Driver:
             command=shlex.join(["python", *sys.argv]),
             overrides=sys.argv[1:],
         )
-        self.manifest = manifest_fingerprint((f.frame_id for f in job.frames), job.targets)
+        self.manifest = manifest_fingerprint((f.to_dict() for f in job.frames), job.targets)
 
     @property
     def location(self) -> Location:
@@ -135,11 +139,13 @@ class Driver:
     def report_finished(self) -> int:
         """Say that there is nothing to do; the exit code is that of the run's error budget."""
         logger.info("run %s is finished: nothing to do", self.job.run)
-        return self._conclude(self.run.document["counts"], None)
+        return self._conclude(self.run.document["counts"], self.run.document["first_failure"])
 
     def report_dry_run(self, facts: Sequence[str]) -> int:
         """Say what would be done. Reads the ledger, writes nothing."""
-        table = read_metrics(self.location, FRAME_AND_TARGET)
+        table = read_metrics(self.location, [*FRAME_AND_TARGET, "status"])
+        if self.job.retry_failed:
+            table = table.filter(pc.not_equal(table["status"], FAILED))
         done = set(zip(*(table[name].to_pylist() for name in FRAME_AND_TARGET), strict=True))
         rows = [(f.frame_id, t) for f in self.job.frames for t in self.job.targets]
         left = sum(key not in done for key in rows)
@@ -161,6 +167,7 @@ class Driver:
             VlaRayError: the work cannot go on (disk full, cluster gone ...); what was done stays done.
         """
         with Lease.acquire(self.location, command=shlex.join(["python", *sys.argv])) as lease:
+            self._check_inputs()
             self.run.start(
                 {"manifest": self.manifest, "frames": len(self.job.frames), "targets": list(self.job.targets)}
             )
@@ -173,11 +180,26 @@ class Driver:
             except RunError:
                 raise  # the run is another driver's now: not ours to write to
             except VlaRayError as e:
-                self._end(lease, "failed", blameless=True)
+                # A frame that takes its whole node down ends the job as a ClusterError: that is evidence.
+                self._end(lease, "failed", blameless=not isinstance(e, ClusterError))
                 raise type(e)(f"{e} What is done is kept; to go on: {self.resume_command}") from e
             except BaseException:
                 self._end(lease, "failed")
                 raise
+
+    def _check_inputs(self) -> None:
+        """Refuse to add rows to those of other inputs under the same frame ids."""
+        if self.run.is_new:
+            return
+        frames = {f.frame_id: f for f in self.job.frames}
+        table = read_metrics(self.location, ["frame_id", "image_path", "input_speed_mps"])
+        for frame_id, image, speed in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            frame = frames.get(frame_id)
+            if frame is not None and (image, speed) != (frame.image, frame.speed_mps):
+                raise RunError(
+                    f"run {self.location} holds {frame_id} computed from {image} at {speed} m/s, which is now "
+                    f"{frame.image} at {frame.speed_mps} m/s. Give another run=NAME for the new inputs."
+                )
 
     def _execute(self, work: Work, lease: Lease) -> int:
         ledger = Ledger(self.location).load()
@@ -189,25 +211,31 @@ class Driver:
             return self._finish(ledger, None)
         done = len(self.job.frames) * len(self.job.targets) - todo.rows
         logger.info("%s: %d rows to do, %d done before", self.location, todo.rows, done)
+        identity = hashlib.sha256(f"{self.location} {self.run.document['created']}".encode()).hexdigest()[:16]
         tracker = make_tracker(
-            self.job.wandb, self.job.run, {**self.job.settings, "targets": list(self.job.targets)}, self._local_files()
+            self.job.wandb,
+            self.job.run,
+            identity,
+            {**self.job.settings, "targets": list(self.job.targets)},
+            self._local_files(),
         )
         progress = Progress(todo.rows, "frames" if len(self.job.targets) == 1 else "rows")
         waiting: list[str] = []
         folded, folded_rows = time.monotonic(), 0
-        with _sigterm_stops(), closing(progress), closing(work(todo)) as summaries:
-            for summary in summaries:
-                waiting += summary.fragments
-                progress.add(sum(summary.statuses.values()), summary.statuses.get(FAILED, 0))
-                if progress.done - folded_rows >= FOLD_ROWS or time.monotonic() - folded >= FOLD_SECONDS:
-                    lease.check()
-                    ledger.fold(waiting)
-                    self.run.update(counts=dict(ledger.counts))
-                    tracker.log({"rows": progress.done, "failed": progress.failed, "seconds": progress.seconds})
-                    waiting, folded, folded_rows = [], time.monotonic(), progress.done
-        lease.check()
-        code = self._finish(ledger, progress)
-        tracker.finish({**ledger.counts, "seconds": progress.seconds, "exit_code": code})
+        with tracker:
+            with _sigterm_stops(), closing(progress), closing(work(todo)) as summaries:
+                for summary in summaries:
+                    waiting += summary.fragments
+                    progress.add(sum(summary.statuses.values()), summary.statuses.get(FAILED, 0))
+                    if progress.done - folded_rows >= FOLD_ROWS or time.monotonic() - folded >= FOLD_SECONDS:
+                        lease.check()
+                        ledger.fold(waiting)
+                        self.run.update(counts=dict(ledger.counts))
+                        tracker.log({"rows": progress.done, "failed": progress.failed, "seconds": progress.seconds})
+                        waiting, folded, folded_rows = [], time.monotonic(), progress.done
+            lease.check()
+            code = self._finish(ledger, progress)
+            tracker.summarise({**ledger.counts, "seconds": progress.seconds, "exit_code": code})
         return code
 
     def _todo(self, ledger: Ledger, lease: Lease, priors: dict[str, Prior]) -> Todo:
@@ -221,7 +249,7 @@ class Driver:
                 frames.append((WorkFrame(ref, directories[ref.scene].name, prior), missing))
         self._clean_temp(directories[scene] for scene in {frame.ref.scene for frame, _ in frames})
         targets = {target for _, target in ledger.done} | set(self.job.targets)
-        return Todo(self.location, lease.token, tuple(frames), len(targets) > 1)
+        return Todo(self.location, lease.token, tuple(frames), len(targets) > 1, self.run.pin)
 
     def _clean_temp(self, directories: Iterable[Location]) -> None:
         """Remove what killed writers left half written; an object store shows nothing half written."""
@@ -234,13 +262,13 @@ class Driver:
         keys = {(f.frame_id, t) for f in self.job.frames for t in self.job.targets}
         missing = len(keys - ledger.done)
         if missing:  # an engine that ends without a word would otherwise pass for success
-            raise RuntimeError(f"{missing} of {len(keys)} rows are missing although the work ended without an error")
+            raise ClusterError(f"{missing} of {len(keys)} rows are missing although the work ended without an error.")
         directories = self.run.scene_dirs(dict.fromkeys(f.scene for f in self.job.frames), self.job.mode)
         own = (self.location, self.location / "ledger", self.location / "attempts")
         self._clean_temp([*own, *directories.values()])
         forget(self.location)  # every frame is committed: no evidence is needed any more
-        self.run.update(status="finished", counts=dict(ledger.counts))
         reason = str(ledger.first_failure) if ledger.first_failure else None
+        self.run.update(status="finished", counts=dict(ledger.counts), first_failure=reason)
         return self._conclude(dict(ledger.counts), reason, progress)
 
     def _conclude(self, counts: dict[str, int], first_failure: str | None, progress: Progress | None = None) -> int:
@@ -273,6 +301,7 @@ class Driver:
             blameless: no frame is to blame (a full disk, Ctrl-C): what was under way is not held against it.
         """
         with suppress(VlaRayError):
+            lease.check()  # a run that another driver has taken over is not ours to write to
             if blameless:
                 clear_in_flight(self.location, lease.token)
             ledger = Ledger(self.location).load()

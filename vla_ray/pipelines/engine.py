@@ -1,26 +1,34 @@
 """The Ray Data graph that every batch workload runs on: items -> decode tasks -> replica actors -> summaries.
 
 Only small things travel: an item's JSON, uint8 tiles, and counts on the way back. Results and rows are written by
-the actors (stages/work.py). An actor that dies is restarted by Ray and its item given to it again.
+the actors (stages/work.py). An actor that dies is restarted by Ray and its item given to it again. An expected error
+(a full disk, a checkpoint that cannot be loaded) travels as a result: Ray would wrap it beyond recognition, log stacks,
+and start an actor that refuses again and again.
 """
 
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import ray
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
+from ray.exceptions import RayError, RayTaskError
 from ray.util.metrics import Counter
 
-from vla_ray.errors import VlaRayError
+from vla_ray import errors
+from vla_ray.errors import ClusterError, VlaRayError
+from vla_ray.logs import setup_logging
 from vla_ray.pipelines.resources import DECODE_CPUS, Plan
-from vla_ray.stages.decode import Decoder, pack, unpack
+from vla_ray.stages.decode import Decoder, DecodeWorker, pack, unpack
 from vla_ray.stages.work import Replica, Summary, Worker, WorkItem
 from vla_ray.storage.files import Location
+from vla_ray.storage.lease import Lease
 
 MAX_BLOCKS = 4096  # blocks of one dataset: enough for any pool, few enough for the driver
 
@@ -41,13 +49,17 @@ def run_items(
         name: what dashboards and logs call the actors.
 
     Raises:
-        VlaRayError: one that a replica raised, without Ray's wrapping.
+        VlaRayError: one that a replica raised; ClusterError when Ray itself gave up.
     """
     rows = [{"item": item.to_json()} for item in items]
     actor = type(name, (_ReplicaActor,), {})  # the class's name is what progress and dashboards show
     dataset = (
         ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
-        .map(_Decode(decoder), num_cpus=DECODE_CPUS)
+        .map(
+            _Decode(DecodeWorker(decoder, run_dir, token)),
+            compute=TaskPoolStrategy(size=plan.decoders),
+            num_cpus=DECODE_CPUS,
+        )
         .map(
             actor,
             fn_constructor_kwargs={"make_replica": make_replica, "run_dir": run_dir, "token": token},
@@ -56,25 +68,30 @@ def run_items(
             num_gpus=plan.num_gpus,
         )
     )
-    try:
-        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
-            for text in batch["summary"]:
-                yield Summary(**json.loads(text))
-    except Exception as e:
-        expected = _expected(e)
-        if expected is not None:
-            raise expected from None
-        raise
+    batches = iter(dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"))
+    with closing(batches):  # type: ignore[type-var]  # a generator; closing it frees the actors at once
+        try:
+            for batch in batches:
+                for text in batch["result"]:
+                    result = json.loads(text)
+                    if "error" in result:
+                        raise getattr(errors, result["error_type"])(result["error"])
+                    yield Summary(**result)
+        except RayTaskError:
+            raise  # an exception in our own code: a bug, with its stack
+        except RayError as e:
+            reason = " ".join(str(e).split())[:300]
+            raise ClusterError(f"Ray gave up ({type(e).__name__}: {reason}).") from e
 
 
 class _Decode:
     """Item JSON -> item JSON, notes, tiles."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, worker: DecodeWorker) -> None:
+        self.worker = worker
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        notes, tiles = pack(self.decoder(WorkItem.from_json(row["item"])), self.decoder.tiler.image_size)
+        notes, tiles = pack(self.worker(WorkItem.from_json(row["item"])), self.worker.decoder.tiler.image_size)
         return {"item": row["item"], "notes": notes, "tiles": tiles}
 
 
@@ -82,25 +99,31 @@ class _ReplicaActor:
     """One process with one model."""
 
     def __init__(self, make_replica: Callable[[], Replica], run_dir: Location, token: str) -> None:
-        self.worker = Worker(make_replica(), run_dir, token)
+        setup_logging()
+        self.refusal: VlaRayError | None = None
+        try:
+            if not Lease.is_held_by(run_dir, token):
+                raise ClusterError(
+                    f"a worker on {socket.gethostname()} does not see this run's lease in {run_dir}: output_dir must "
+                    "be on storage that every node shares. Give such an output_dir."
+                )
+            self.worker = Worker(make_replica(), run_dir, token)
+        except VlaRayError as e:
+            self.refusal = e
         self.frames = Counter("vla_ray_rows_total", "rows committed, by status", tag_keys=("status",))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            result = asdict(self._process(row))
+        except VlaRayError as e:
+            result = {"error_type": type(e).__name__, "error": str(e)}
+        return {"result": json.dumps(result)}
+
+    def _process(self, row: dict[str, Any]) -> Summary:
+        if self.refusal is not None:
+            raise self.refusal
         item = WorkItem.from_json(row["item"])
         summary = self.worker(item, unpack(item, row["notes"], np.asarray(row["tiles"])))
         for status, count in summary.statuses.items():
             self.frames.inc(count, tags={"status": status})
-        return {"summary": json.dumps(asdict(summary))}
-
-
-def _expected(error: BaseException | None) -> VlaRayError | None:
-    """The VlaRayError inside Ray's wrapping, if that is what ended the job."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, VlaRayError):
-            # Ray raises a class derived from both; users get the plain one.
-            base = next(c for c in type(error).__mro__ if c.__module__ == VlaRayError.__module__)
-            return base(str(getattr(error, "cause", error)))
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
-    return None
+        return summary

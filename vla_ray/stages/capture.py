@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ import torch
 from vla_ray.attention.recording import IMPLEMENTATION
 from vla_ray.models.simlingo import SimLingoConfig, load_model, load_processor
 from vla_ray.schema import DEGENERATE, FAILED, KINEMATIC_COLUMNS, OK
-from vla_ray.stages.payloads import DTYPES, build_payload
+from vla_ray.stages.payloads import DTYPES, NonFiniteTarget, build_payload
 from vla_ray.stages.visit import Explained, Visit
 from vla_ray.stages.work import Loaded, Row
 from vla_ray.storage import payload as payload_file
@@ -32,9 +34,10 @@ class CaptureSpec:
         several_targets: payloads are named by their target as well, because the run has or had others.
         payload_dtype: of full payloads.
         threads: of this process; None leaves torch's choice.
+        gpu_share: the part of the GPU's memory that this replica may use.
     """
 
-    run_dir: str
+    run_dir: Location
     model: SimLingoConfig
     checkpoint: str
     device: str
@@ -46,6 +49,7 @@ class CaptureSpec:
     spline: Spline
     max_new_tokens: int = 100
     threads: int | None = None
+    gpu_share: float = 1.0
 
 
 class CaptureReplica:
@@ -55,7 +59,10 @@ class CaptureReplica:
         if spec.threads:
             torch.set_num_threads(spec.threads)
         torch.backends.cudnn.allow_tf32 = False  # float32 is the parity mode; convolutions would round to 10 bits
-        self.spec, self.run_dir = spec, Location.of(spec.run_dir)
+        if spec.device == "cuda" and spec.gpu_share < 1:
+            torch.cuda.set_per_process_memory_fraction(spec.gpu_share)
+        self.max_batch: int | None = None  # learnt when a batch did not fit
+        self.spec, self.run_dir = spec, spec.run_dir
         self.targets = {t.name: t for t in spec.targets}
         self.processor = load_processor(spec.model)
         self.model = load_model(
@@ -64,16 +71,24 @@ class CaptureReplica:
         self.model.set_attention(IMPLEMENTATION)
 
     def process(self, frames: Sequence[Loaded], targets: Sequence[str]) -> list[Row]:
-        """Rows of all frames and targets. A batch too large for the GPU's memory is halved until it fits."""
+        """Rows of all frames and targets. A batch too large for the GPU's memory is halved, for good, until it fits."""
+        size = self.max_batch or len(frames)
+        if len(frames) > size:
+            parts = [frames[i : i + size] for i in range(0, len(frames), size)]
+            return [row for part in parts for row in self.process(part, targets)]
         try:
             return self._visit(frames, [self.targets[name] for name in targets])
         except torch.cuda.OutOfMemoryError:
             if len(frames) == 1:
                 raise
-            logger.warning("a batch of %d frames does not fit into GPU memory; halving it", len(frames))
+        except torch.AcceleratorError:
+            # An illegal access or a hardware fault: every later call in this process would fail, frame after frame.
+            logger.exception("the GPU failed; ending this process, its batch is tried again by a new one")
+            os._exit(1)
         torch.cuda.empty_cache()  # outside the handler, where the exception no longer holds the tensors
-        half = len(frames) // 2
-        return self.process(frames[:half], targets) + self.process(frames[half:], targets)
+        self.max_batch = (len(frames) + 1) // 2
+        logger.warning("%d frames do not fit into GPU memory; from now on %d at a time", len(frames), self.max_batch)
+        return self.process(frames, targets)
 
     def failed(self, frame: Loaded, target: str, error_type: str, error: str) -> Row:
         return {
@@ -115,6 +130,7 @@ class CaptureReplica:
             explained = visit.explain(target, self.spec.spline, keep_graph=i + 1 < len(targets))
             for b, frame in enumerate(frames):
                 rows.append({**self._about(frame, target), **shared[b], **self._explain(visit, explained, b, frame)})
+            del explained  # a full set of gradients: it must not live on beside the next one
         return rows
 
     def _shared_columns(self, visit: Visit, count: int) -> list[Row]:
@@ -142,27 +158,24 @@ class CaptureReplica:
     def _explain(self, visit: Visit, explained: Explained, b: int, frame: Loaded) -> dict[str, Any]:
         scalar = float(explained.scalar_B[b])
         columns: dict[str, Any] = {"target_scalar": scalar, "backward_s": explained.seconds / len(visit.texts)}
-        finite = torch.isfinite(explained.scalar_B[b]) and torch.isfinite(explained.query_gradient_BLH[b]).all()
-        if not finite:
-            what = (
-                f"{explained.target.name} is {scalar}"
-                if scalar != scalar or abs(scalar) == float("inf")
-                else "its gradient is not finite"
-            )
-            return {**columns, "status": FAILED, "error_type": "NonFiniteTarget", "error": what}
         assert frame.geometry is not None
         start = time.perf_counter()
-        content = build_payload(
-            self.spec.payload,
-            visit,
-            explained,
-            b,
-            frame.frame.ref,
-            frame.geometry,
-            self.processor,
-            self.spec.spline,
-            DTYPES[self.spec.payload_dtype],
-        )
+        try:
+            if not math.isfinite(scalar):
+                raise NonFiniteTarget(f"{explained.target.name} is {scalar}")
+            content = build_payload(
+                self.spec.payload,
+                visit,
+                explained,
+                b,
+                frame.frame.ref,
+                frame.geometry,
+                self.processor,
+                self.spec.spline,
+                DTYPES[self.spec.payload_dtype],
+            )
+        except NonFiniteTarget as e:
+            return {**columns, "status": FAILED, "error_type": "NonFiniteTarget", "error": str(e)}
         path = f"{frame.frame.directory}/{self.payload_name(frame.frame.ref.stem, explained.target)}"
         size = payload_file.save(self.run_dir / path, content)
         return {

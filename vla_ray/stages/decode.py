@@ -8,10 +8,11 @@ import time
 import numpy as np
 
 from vla_ray.data.images import decode_rgb
-from vla_ray.errors import VlaRayError
-from vla_ray.models.simlingo.processing import TileGeometry, Tiler
+from vla_ray.data.tiles import TileGeometry, Tiler
 from vla_ray.stages.work import Loaded, WorkFrame, WorkItem
+from vla_ray.storage.attempts import DECODE, WHOLE_ATTEMPTS, Attempts
 from vla_ray.storage.files import Location
+from vla_ray.storage.ledger import fragment_name
 
 
 class Decoder:
@@ -21,16 +22,48 @@ class Decoder:
         self.tiler = tiler
 
     def __call__(self, item: WorkItem) -> list[Loaded]:
-        return [self._load(frame) for frame in item.frames]
+        return [self.load(frame) for frame in item.frames]
 
-    def _load(self, frame: WorkFrame) -> Loaded:
+    def load(self, frame: WorkFrame) -> Loaded:
+        """One frame, decoded or with the reason why not."""
         start = time.perf_counter()
         try:
             rgb = decode_rgb(Location.of(frame.ref.image).read_bytes(), frame.ref.image)
             tiles, geometry = self.tiler(rgb)
-        except (VlaRayError, MemoryError) as e:
-            return Loaded(frame, error_type=type(e).__name__, error=str(e), decode_s=time.perf_counter() - start)
+        except Exception as e:  # whatever a damaged file provokes is that frame's failure, not the run's
+            reason = " ".join(str(e).split())[:500]
+            return Loaded(frame, error_type=type(e).__name__, error=reason, decode_s=time.perf_counter() - start)
         return Loaded(frame, tiles, geometry, decode_s=time.perf_counter() - start)
+
+
+class DecodeWorker:
+    """Decodes items by the attempts protocol (storage/attempts.py): a picture that kills its process fails alone.
+
+    Args:
+        run_dir, token: see stages/work.py.
+    """
+
+    def __init__(self, decoder: Decoder, run_dir: Location, token: str) -> None:
+        self.decoder, self.attempts = decoder, Attempts(run_dir, token)
+
+    def __call__(self, item: WorkItem) -> list[Loaded]:
+        mark = f"{fragment_name(item.keys)}{DECODE}"
+        ids = [frame.ref.frame_id for frame in item.frames]
+        attempt = self.attempts.begin(mark, ids, solo=False, prior=0)
+        loaded = self.decoder(item) if attempt <= WHOLE_ATTEMPTS else [self._alone(frame) for frame in item.frames]
+        self.attempts.finish(mark)
+        return loaded
+
+    def _alone(self, frame: WorkFrame) -> Loaded:
+        frame_id = frame.ref.frame_id
+        mark = f"{fragment_name([(frame_id, 'image')])}{DECODE}"
+        if self.attempts.died_alone(frame_id):
+            loaded = Loaded(frame, error_type="WorkerDied", error="the process ended each time this image was decoded")
+        else:
+            self.attempts.begin(mark, [frame_id], solo=True, prior=0)
+            loaded = self.decoder.load(frame)
+        self.attempts.finish(mark)
+        return loaded
 
 
 def pack(loaded: list[Loaded], tile_size: int) -> tuple[str, np.ndarray]:

@@ -19,15 +19,18 @@ import torch
 from torch import Tensor
 
 from vla_ray.data.scenes import FrameRef
+from vla_ray.data.tiles import TileGeometry
 from vla_ray.models.simlingo import Processor, SimLingoConfig
 from vla_ray.models.simlingo.config import NUM_ROUTE_QUERIES, NUM_SPEED_QUERIES
-from vla_ray.models.simlingo.processing import TileGeometry
 from vla_ray.schema import PAYLOAD_SCHEMA_VERSION
 from vla_ray.stages.visit import Explained, Visit
 from vla_ray.targets import ChosenToken, Spline, target_info
 
-LEVELS = ("full", "reduced")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class NonFiniteTarget(ArithmeticError):  # noqa: N818 - its name is the error_type of a row
+    """A target's value or gradient is infinite or not a number: there is nothing to explain, and nothing to store."""
 
 
 def build_payload(
@@ -45,6 +48,9 @@ def build_payload(
 
     Args:
         dtype: of attention and gradients at level `full`; `reduced` is float16 by definition.
+
+    Raises:
+        NonFiniteTarget: a gradient is not finite, or overflows `dtype`.
     """
     d, text = visit.decision, visit.texts[b]
     scores = [float(s) for s in visit.scores[b].detach()]
@@ -73,8 +79,8 @@ def build_payload(
         "target_scalar": float(explained.scalar_B[b]),
         "target_info": target_info(explained.target, spline, token),
         "outputs": {
-            "pred_speed_wps": _stored(d.speed_B102[b : b + 1], torch.float32),
-            "pred_route": _stored(d.route_B202[b : b + 1], torch.float32),
+            "pred_speed_wps": _stored(d.speed_B102[b : b + 1], torch.float32, "pred_speed_wps"),
+            "pred_route": _stored(d.route_B202[b : b + 1], torch.float32, "pred_route"),
             "language": [language],
         },
         "text_outputs": {
@@ -152,32 +158,40 @@ def _attention(
         else:
             attn, grad = probabilities[b : b + 1, :, start:, start:], gradient[b : b + 1, :, start:, start:]
         if level == "full":
-            entry: dict[str, Any] = {"attn": _stored(attn, dtype), "grad": _stored(grad, dtype)}
+            entry: dict[str, Any] = {
+                "attn": _stored(attn, dtype, name),
+                "grad": _stored(grad, dtype, f"the gradient of {name}"),
+            }
         else:
-            entry = _reduced(attn, grad, grad_rms)
+            entry = _reduced(attn, grad, grad_rms, name)
         blocks[name] = [{**entry, "shape": list(attn.shape)}]
     return blocks
 
 
-def _reduced(attn_BHQK: Tensor, grad_BHQK: Tensor, grad_rms: float) -> dict[str, Any]:
+def _reduced(attn_BHQK: Tensor, grad_BHQK: Tensor, grad_rms: float, name: str) -> dict[str, Any]:
     attn_BHQK = attn_BHQK.detach()
     cam = (attn_BHQK.float() * grad_BHQK.float()).clamp_min(0).mean(1) / (grad_rms or 1.0)
     top = float(cam.max())
+    if not math.isfinite(top):
+        raise NonFiniteTarget(f"the gradient of {name} is not finite")
     scale = 2.0 ** math.floor(math.log2(top)) if top > 0 else 1.0
     return {
-        "attn_mean": _stored(attn_BHQK.float().mean(1), torch.float16),
-        "cam": _stored(cam / scale, torch.float16),
+        "attn_mean": _stored(attn_BHQK.float().mean(1), torch.float16, name),
+        "cam": _stored(cam / scale, torch.float16, f"the gradient of {name}"),
         "cam_scale": scale,
     }
 
 
-def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _stored(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if not bool(torch.isfinite(x := x.detach().to(dtype)).all()):
+        raise NonFiniteTarget(f"{name} is not finite in {str(dtype).removeprefix('torch.')}")
     # A copy: saving a view would write the whole batch's storage with it.
-    return x.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+    return x.to(device="cpu", copy=True).contiguous()
 
 
-def estimate_bytes(level: str, config: SimLingoConfig, dtype: torch.dtype, num_tiles: int = 2) -> int:
-    """Bytes of one payload with a commentary of usual length (17 tokens), for the check before a run starts."""
+def estimate_bytes(level: str, config: SimLingoConfig, dtype: torch.dtype) -> int:
+    """Bytes of one payload with the most tiles and a usual commentary (17 tokens), for the check before a run."""
+    num_tiles = config.max_tiles + config.use_thumbnail
     vision, language = config.vision, config.language
     tokens = config.patch_grid**2 + 1
     length = 35 + num_tiles * config.tokens_per_tile + 17 + NUM_ROUTE_QUERIES + NUM_SPEED_QUERIES

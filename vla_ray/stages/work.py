@@ -21,9 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from vla_ray.data.scenes import FrameRef
+from vla_ray.data.tiles import TileGeometry
 from vla_ray.errors import StorageError
-from vla_ray.models.simlingo.processing import TileGeometry
-from vla_ray.schema import FAILED
 from vla_ray.storage.attempts import NO_PRIOR, WHOLE_ATTEMPTS, Attempts, Prior
 from vla_ray.storage.files import Location
 from vla_ray.storage.ledger import commit, fragment_name, read_fragment
@@ -85,7 +84,6 @@ class Summary:
 
     fragments: tuple[str, ...]
     statuses: dict[str, int]
-    first_failure: str | None = None
 
 
 class Replica(Protocol):
@@ -182,6 +180,4 @@ def _summary(fragments: list[str], rows: list[Row]) -> Summary:
     statuses: dict[str, int] = {}
     for row in rows:
         statuses[row["status"]] = statuses.get(row["status"], 0) + 1
-    failure = next((r for r in rows if r["status"] == FAILED), None)
-    text = None if failure is None else f"{failure['frame_id']}: {failure['error_type']}: {failure['error']}"
-    return Summary(tuple(fragments), statuses, text)
+    return Summary(tuple(fragments), statuses)

@@ -27,6 +27,7 @@ from typing import Any
 from vla_ray.storage.files import Location, clean_temp, create_exclusive, read_json, write_json
 
 WHOLE_ATTEMPTS = 2
+DECODE = "-decode"  # in the id of a decode start: these count under their own driver only
 _PRIOR_NAME = "prior.json"
 
 
@@ -94,7 +95,7 @@ def consolidate(run_dir: Location) -> dict[str, Prior]:
     priors = {frame: Prior(*counts) for frame, counts in document["frames"].items()}
     markers = list(_markers(directory))
     for name, marker in markers:
-        if name not in document["absorbed"]:
+        if name not in document["absorbed"] and DECODE not in name:
             for frame in marker["frames"]:
                 old = priors.get(frame, NO_PRIOR)
                 priors[frame] = Prior(old.starts + 1, old.solo + bool(marker["solo"]))

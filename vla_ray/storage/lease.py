@@ -94,6 +94,12 @@ class Lease:
         lease._thread.start()
         return lease
 
+    @staticmethod
+    def is_held_by(run_dir: Location, token: str) -> bool:
+        """Whether the run's lease, as seen from here, is the one with this token; for workers, on whatever node."""
+        holder = _read(run_dir / LEASE_NAME)
+        return holder is not None and holder.token == token
+
     @property
     def token(self) -> str:
         return self._holder.token

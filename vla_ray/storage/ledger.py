@@ -54,11 +54,6 @@ def commit(
     return name
 
 
-def is_committed(run_dir: Location, name: str) -> bool:
-    """Whether this fragment waits to be folded: what a retried batch may skip. False again once it was folded."""
-    return (run_dir / "ledger" / f"{name}.parquet").exists()
-
-
 def read_fragment(run_dir: Location, name: str, schema: pa.Schema = METRICS) -> list[dict[str, Any]] | None:
     """The rows of a fragment that is still in the ledger; None if it was never committed or is folded already."""
     table = _read(run_dir / "ledger" / f"{name}.parquet", schema)
@@ -200,7 +195,8 @@ class Ledger:
                 continue
             self.done.add(key)
             self.counts[state] += 1
-            if state == FAILED and self.first_failure is None:
+            # The smallest key, not the first seen: what is reported should not depend on who was faster.
+            if state == FAILED and (self.first_failure is None or key < self.first_failure.key):
                 reason = [table[n][row].as_py() if n in table.column_names else None for n in ("error_type", "error")]
                 self.first_failure = Failure(key, *reason)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -23,7 +23,6 @@ from vla_ray.errors import StorageError
 SUPPORTED = "a local path, file:///path, s3://bucket/key"
 
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_S3_OPTIONS = ("endpoint_override", "region", "scheme")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +47,7 @@ class Location:
     def of(path_or_uri: str | os.PathLike[str]) -> Location:
         """The location a user meant: a local path (relative and `~` allowed), `file://` or `s3://`.
 
-        S3 takes credentials from the usual AWS variables and files, the endpoint from AWS_ENDPOINT_URL, and accepts
-        `?region=&endpoint_override=&scheme=`.
+        S3 takes credentials and region from the usual AWS variables and files, the endpoint from AWS_ENDPOINT_URL.
         """
         text = os.fspath(path_or_uri)
         match = _URI.match(text)
@@ -170,29 +168,23 @@ def sync_directory(path: Path) -> None:
 
 
 def _s3_location(uri: str) -> Location:
-    """`s3://[key:secret@]bucket[/key][?options]`; the key is taken as typed, without percent-decoding."""
-    shown = _without_secrets(uri)
-    rest, _, query = uri[len("s3://") :].partition("?")
-    authority, _, key = rest.partition("/")
-    credentials, _, bucket = authority.rpartition("@")
-    options = {name: values[-1] for name, values in parse_qs(query).items()}
-    unknown = sorted(set(options) - set(_S3_OPTIONS))
-    if not bucket or unknown:
-        what = f"unknown option {unknown[0]!r}" if unknown else "no bucket"
-        raise StorageError(f"{shown}: {what}. Give s3://bucket/key, options: {', '.join(_S3_OPTIONS)}.")
+    """`s3://bucket[/key]`; the key is taken as typed, without percent-decoding, a `?` in it included."""
+    bucket, _, key = uri[len("s3://") :].partition("/")
+    if not bucket or "@" in bucket:
+        # A URI ends up in run.json, logs and metrics: no place for secrets.
+        what = "no bucket" if not bucket else "credentials do not belong into a URI"
+        raise StorageError(
+            f"{_without_secrets(uri)}: {what}. Give s3://bucket/key, and AWS_ACCESS_KEY_ID etc. for access."
+        )
     endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
-    access_key, _, secret_key = credentials.partition(":")
-    override = options.get("endpoint_override") or endpoint.netloc or None
-    with storage_errors("use", shown):
-        region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    with storage_errors("use", uri):
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         if not region:
-            region = "us-east-1" if override else pafs.resolve_s3_region(bucket)
+            region = "us-east-1" if endpoint.netloc else pafs.resolve_s3_region(bucket)
         filesystem = pafs.S3FileSystem(
-            access_key=unquote(access_key) or None,
-            secret_key=unquote(secret_key) or None,
             region=region,
-            endpoint_override=override,
-            scheme=options.get("scheme") or endpoint.scheme or "https",
+            endpoint_override=endpoint.netloc or None,
+            scheme=endpoint.scheme or "https",
             background_writes=True,  # else a stream forgets a part that failed and publishes the others: files.py
             allow_delayed_open=True,  # small files are one request instead of three
         )

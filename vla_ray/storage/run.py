@@ -42,9 +42,13 @@ _FIELDS = (
     "updated",
     "stamp",
     "scene_dirs",
+    "pinned",
+    "first_failure",
     "earlier_starts",
 )
+_KEPT = ("created", "stamp", "counts", "scene_dirs", "pinned", "first_failure")
 _HEADER_BYTES = 64 * 1024
+_SMALL_BYTES = 64 << 20  # hashed whole, in a fraction of a second
 
 
 class RunDirectory:
@@ -112,10 +116,11 @@ class RunDirectory:
             "updated": _iso(now),
         }
         if old is None:
-            kept = {"created": _iso(now), "stamp": f"{now:%y%m%d_%H%M}", "counts": {}, "scene_dirs": {}}
+            kept: dict[str, Any] = {"created": _iso(now), "stamp": f"{now:%y%m%d_%H%M}"}
+            kept |= {"counts": {}, "scene_dirs": {}, "pinned": {}, "first_failure": None}
             earlier = []
         else:
-            kept = {name: old[name] for name in ("created", "stamp", "counts", "scene_dirs")}
+            kept = {name: old[name] for name in _KEPT}
             earlier = [*old["earlier_starts"], {name: old[name] for name in start}]
         write_atomic(self.location / "config.yaml", self._config_yaml.encode())
         document = {"status": "running", "fingerprint": dict(fingerprint), **self._asked, **start, **kept}
@@ -127,6 +132,21 @@ class RunDirectory:
             if name not in _FIELDS or (name == "status" and value not in STATUSES):
                 raise ValueError(f"run.json holds no {name}={value!r}. Fields: {_FIELDS}, statuses: {STATUSES}.")
         self._write({**self.document, "updated": _iso(datetime.now().astimezone()), **fields})
+
+    def pin(self, name: str, value: str) -> None:
+        """Fix what an `auto` setting turned out to be, for all resumes of this run.
+
+        Raises:
+            RunError: the run was started with another value, so that its rows would not compare.
+        """
+        old = self.document["pinned"].get(name)
+        if old is None:
+            self.update(pinned={**self.document["pinned"], name: value})
+        elif old != value:
+            raise RunError(
+                f"Run {self.location} was started with {name}={old}, here it would be {value}. "
+                f"Set {name}={old}, or give another run=NAME."
+            )
 
     @property
     def document(self) -> dict[str, Any]:
@@ -198,19 +218,24 @@ class RunDirectory:
         return document
 
 
-def manifest_fingerprint(frame_ids: Iterable[str], targets: Iterable[str]) -> str:
-    """A hash of what is to be done: the frames in their natural order, and the targets."""
+def manifest_fingerprint(frames: Iterable[Mapping[str, Any]], targets: Iterable[str]) -> str:
+    """A hash of what is to be done: the frames with all their inputs, in their natural order, and the targets."""
     digest = hashlib.sha256()
-    for frame_id in frame_ids:
-        digest.update(frame_id.encode() + b"\n")
+    for frame in frames:
+        digest.update(json.dumps(frame, sort_keys=True).encode() + b"\n")
     digest.update(json.dumps(list(targets)).encode())
     return digest.hexdigest()
 
 
 def file_identity(loc: Location) -> dict[str, Any]:
-    """What tells one checkpoint from another without reading it all: size, modification time, start of the content."""
+    """What tells one checkpoint from another: the content of a small file; of a large one size, time and beginning.
+
+    A new clone or an unpacked copy has new times, which must not matter where the content can be compared.
+    """
     entry = loc.info()
     with loc.open_input() as stream:
+        if entry.size <= _SMALL_BYTES:
+            return {"size": entry.size, "sha256": hashlib.sha256(stream.read()).hexdigest()}
         header = hashlib.sha256(stream.read(_HEADER_BYTES)).hexdigest()
     return {"size": entry.size, "mtime_ns": entry.mtime_ns, "header": header}
 

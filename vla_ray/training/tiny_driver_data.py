@@ -29,8 +29,9 @@ from vla_ray.data.synthetic import (
     sample_scene,
     target_points,
 )
+from vla_ray.data.tiles import TileGeometry
 from vla_ray.models.simlingo.config import SimLingoConfig
-from vla_ray.models.simlingo.processing import Points, Processor, Prompt, TileGeometry, Tiler, default_question
+from vla_ray.models.simlingo.processing import Points, Processor, Prompt, default_question, make_tiler
 
 NUM_TILES = 2
 ASK, ASK_PLAIN = "What should the ego do next?", "Predict the waypoints."
@@ -103,7 +104,7 @@ _Row = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], floa
 
 def _render_chunk(path: Path, first: int, seeds: Sequence[int], config: SimLingoConfig) -> list[_Row]:
     """Write the tiles of frames `first`.. to the file; return the labels (pictures would clog the pipe)."""
-    tiles, tiler, rows = np.load(path, mmap_mode="r+"), Tiler.of(config), []
+    tiles, tiler, rows = np.load(path, mmap_mode="r+"), make_tiler(config), []
     for k, seed in enumerate(seeds):
         scene = frame_scene(seed)
         rgb, ids = render(scene)

@@ -150,7 +150,7 @@ def load_model(
     # The rotary frequencies are no parameters: no file holds them, and the meta device lost them.
     model.language.model.rotary_emb = Qwen2RotaryEmbedding(model.language.config).to(device)
     model.eval().requires_grad_(False)
-    logger.info("loaded %s: %.2f GB in %s on %s, %.1f s", path, total / 1e9, dtype, device, time.perf_counter() - start)
+    logger.info("loaded %s: %.1f MB in %s on %s, %.1f s", path, total / 1e6, dtype, device, time.perf_counter() - start)
     return model
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -258,11 +258,6 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             "rope_theta": 1e6,
         },
     }
-
-
-def with_variant(config: SimLingoConfig, variant_dir: str | Path) -> SimLingoConfig:
-    """The same model with its tokenizer elsewhere, e.g. on a worker's own disk."""
-    return replace(config, variant_dir=str(variant_dir))
 
 
 def _read(path: Path, parse: Any, what: str) -> dict[str, Any]:

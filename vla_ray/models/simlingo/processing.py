@@ -1,29 +1,26 @@
-"""From a picture and a speed to what the model reads: crop, tiles, prompt, placeholders.
+"""From tiles and a speed to what the model reads: normalised pixels, prompt, placeholders.
 
-Pictures become uint8 tiles (small to ship between processes) and are normalised on the replica's device. `TileGeometry`
-remembers how the tiles lie on the original picture, so that a map can find its way back.
+Pictures arrive as uint8 tiles (data/tiles.py), small to ship between processes, and are normalised on the replica's
+device.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
+from vla_ray.data.tiles import Tiler
 from vla_ray.errors import CheckpointError, SceneError
 from vla_ray.models.simlingo.config import SimLingoConfig
 from vla_ray.models.simlingo.model import PromptBatch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as InternViT was trained
-CUT_BOTTOM = 4.8  # sixteenths of the picture's height that show the bonnet; whole rows, rounded down
 # Added to the tokenizer at run time, in this order, behind the last row of the embedding table.
 ADDED_TOKENS = (
     "<WAYPOINTS>",
@@ -40,34 +37,6 @@ Points = tuple[tuple[float, float], tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True)
-class TileGeometry:
-    """How tiles lie on the picture. Pixels; boxes are (left, top, right, bottom) on the resized canvas.
-
-    original picture (height x width) -> first `kept_height` rows -> resized to canvas -> cut into boxes.
-    A thumbnail, when there is one, is the last tile and shows the whole canvas.
-    """
-
-    height: int
-    width: int
-    kept_height: int
-    canvas_height: int
-    canvas_width: int
-    boxes: tuple[tuple[int, int, int, int], ...]
-    thumbnail: bool
-
-    @property
-    def num_tiles(self) -> int:
-        return len(self.boxes)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TileGeometry:
-        return cls(**{**values, "boxes": tuple(tuple(box) for box in values["boxes"])})
-
-
-@dataclass(frozen=True, slots=True)
 class Prompt:
     """One frame's prompt: its text, token ids, and the points that fill its placeholders."""
 
@@ -76,52 +45,9 @@ class Prompt:
     points: Points | None
 
 
-class Tiler:
-    """Cuts a picture into the model's tiles. Needs no weights and no tokenizer: decode tasks use it alone."""
-
-    def __init__(self, image_size: int, max_tiles: int, cut_bottom: bool, use_thumbnail: bool) -> None:
-        self.image_size, self.max_tiles = image_size, max_tiles
-        self.cut_bottom, self.use_thumbnail = cut_bottom, use_thumbnail
-
-    @classmethod
-    def of(cls, config: SimLingoConfig) -> Tiler:
-        return cls(config.image_size, config.max_tiles, config.cut_bottom, config.use_thumbnail)
-
-    def __call__(self, rgb_HW3: np.ndarray) -> tuple[np.ndarray, TileGeometry]:
-        """uint8 [H, W, 3] -> uint8 tiles [T, S, S, 3] and where they lie."""
-        height, width = rgb_HW3.shape[:2]
-        # A picture of one or two rows keeps one: an empty one cannot be resized.
-        kept = max(1, int(height - height * CUT_BOTTOM // 16)) if self.cut_bottom else height
-        size = self.image_size
-        cols, rows = tile_grid(width, kept, size, self.max_tiles)
-        image = Image.fromarray(rgb_HW3[:kept])
-        canvas = np.asarray(image.resize((size * cols, size * rows), Image.Resampling.BICUBIC))
-        boxes = [(size * c, size * r, size * (c + 1), size * (r + 1)) for r in range(rows) for c in range(cols)]
-        tiles = [canvas[top:bottom, left:right] for left, top, right, bottom in boxes]
-        thumbnail = self.use_thumbnail and len(tiles) > 1
-        if thumbnail:
-            tiles.append(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)))
-            boxes.append((0, 0, size * cols, size * rows))
-        geometry = TileGeometry(height, width, kept, size * rows, size * cols, tuple(boxes), thumbnail)
-        return np.stack(tiles), geometry
-
-
-def tile_grid(width: int, height: int, size: int, max_tiles: int) -> tuple[int, int]:
-    """Columns and rows whose aspect is nearest to the picture's (InternVL's dynamic resolution).
-
-    On a tie the larger grid wins only if the picture has more than half of its pixels.
-    """
-    grids = sorted(
-        {(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1) if c * r <= max_tiles},
-        key=lambda g: (g[0] * g[1], g),
-    )
-    best, best_difference = (1, 1), math.inf
-    for cols, rows in grids:
-        difference = abs(width / height - cols / rows)
-        larger_on_tie = difference == best_difference and width * height > 0.5 * size * size * cols * rows
-        if difference < best_difference or larger_on_tie:
-            best, best_difference = (cols, rows), difference
-    return best
+def make_tiler(config: SimLingoConfig) -> Tiler:
+    """The tiles of this model."""
+    return Tiler(config.image_size, config.max_tiles, config.cut_bottom, config.use_thumbnail)
 
 
 def normalise(tiles_TSS3: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -141,7 +67,8 @@ class Processor:
     """Tokenizer and prompt template of a checkpoint, with the token ids that the model needs."""
 
     def __init__(self, config: SimLingoConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.config, self.tokenizer, self.tiler = config, tokenizer, Tiler.of(config)
+        self.config, self.tokenizer = config, tokenizer
+        self.tiler = make_tiler(config)
         if any(token not in tokenizer.get_vocab() for token in ADDED_TOKENS):
             tokenizer.add_tokens(list(ADDED_TOKENS), special_tokens=True)
         vocabulary = tokenizer.get_vocab()

@@ -1,0 +1,142 @@
+"""Faults for tests, without a hook in the product: put this directory on PYTHONPATH before Ray starts.
+
+Python imports `sitecustomize` when it starts, so every worker process of that Ray gets it. It wraps a few functions of
+vla_ray as their modules are imported. What goes wrong is read from the JSON file that VLA_RAY_TEST_FAULTS names, at
+every call, so a test may change it while its cluster lives:
+
+    kill_once    {"<point>": "<frame id>"}: the process ends by SIGKILL there, once per point (a marker file remembers)
+    kill_always  [frame ids]: the process ends by SIGKILL whenever one of these is processed
+    raise        {"<frame id>": "message"}: a RuntimeError whenever this frame is processed
+    full_disk    "text": every write whose path contains it fails with ENOSPC, once half of it is written
+    refuse_start "message": constructing a replica raises a CheckpointError
+    delay_s      seconds that every batch takes longer
+
+Points: `process` (before a batch), `writing` (half a payload written), `processed` (payloads durable, rows not),
+`committed` (rows durable, the driver does not know).
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.abc
+import importlib.util
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+FAULTS = Path(os.environ.get("VLA_RAY_TEST_FAULTS", "/nonexistent"))
+
+
+def faults() -> dict[str, Any]:
+    try:
+        return json.loads(FAULTS.read_text())
+    except (OSError, ValueError):  # none, or being replaced at this moment
+        return {}
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_once(point: str, ids: Iterable[str]) -> None:
+    if faults().get("kill_once", {}).get(point) not in set(ids):
+        return
+    try:
+        os.close(os.open(FAULTS.with_name(f"killed-{point}"), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    die()
+
+
+def wrap_replica(module: Any) -> None:
+    replica = module.CaptureReplica
+    start, process = replica.__init__, replica.process
+
+    def faulty_start(self: Any, *args: Any) -> None:
+        if message := faults().get("refuse_start"):
+            from vla_ray.errors import CheckpointError
+
+            raise CheckpointError(message)
+        start(self, *args)
+
+    def faulty_process(self: Any, frames: Any, targets: Any) -> Any:
+        ids, now = [f.frame.ref.frame_id for f in frames], faults()
+        if set(ids) & set(now.get("kill_always", ())):
+            die()
+        die_once("process", ids)
+        time.sleep(now.get("delay_s", 0.0))
+        for frame_id in ids:
+            if frame_id in now.get("raise", {}):
+                raise RuntimeError(now["raise"][frame_id])
+        rows = process(self, frames, targets)
+        die_once("processed", ids)
+        return rows
+
+    replica.__init__, replica.process = faulty_start, faulty_process
+
+
+def wrap_work(module: Any) -> None:
+    commit = module.commit
+
+    def faulty_commit(run_dir: Any, rows: Any) -> Any:
+        name = commit(run_dir, rows)
+        die_once("committed", [row["frame_id"] for row in rows])
+        return name
+
+    module.commit = faulty_commit
+
+
+def wrap_files(module: Any) -> None:
+    fill = module._fill
+
+    def faulty_fill(file: Any, data: Any) -> None:
+        name = os.readlink(f"/proc/self/fd/{file.fileno()}")
+        full, victim = faults().get("full_disk"), faults().get("kill_once", {}).get("writing")
+        if full and full in name:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if victim and name.endswith(".tmp") and f"/.{victim.rpartition('/')[2]}_" in name:
+            file.write(b"half of it")
+            file.flush()
+            die_once("writing", [victim])
+        fill(file, data)
+
+    module._fill = faulty_fill
+
+
+WRAP: dict[str, Callable[[Any], None]] = {
+    "vla_ray.stages.capture": wrap_replica,
+    "vla_ray.stages.work": wrap_work,
+    "vla_ray.storage.files": wrap_files,
+}
+
+
+class Hook(importlib.abc.MetaPathFinder):
+    """Lets the other finders find a module, and wraps it once it is loaded."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name not in WRAP:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
+        assert spec is not None and spec.loader is not None
+        load = spec.loader.exec_module
+
+        def load_and_wrap(module: Any) -> None:
+            load(module)
+            WRAP[name](module)
+
+        spec.loader.exec_module = load_and_wrap  # type: ignore[method-assign]
+        return spec
+
+
+if FAULTS.name != "nonexistent":
+    sys.meta_path.insert(0, Hook())
