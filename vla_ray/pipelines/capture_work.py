@@ -96,11 +96,11 @@ class CaptureWork:
     def facts(self, location: Location, num_frames: int) -> list[str]:
         """For a dry run: model, size and free space."""
         size, free = self._payload_bytes(), free_bytes(location)
-        room = "" if free is None else f"; {free / 1e9:,.1f} GB are free"
+        room = "" if free is None else f"; {_size(free)} are free"
         return [
             f"model: {self.config.model.checkpoint} ({self.parameters / 1e6:,.1f} M parameters)",
-            f"payload={self.config.payload}: about {size / 1e6:,.1f} MB per frame and target, "
-            f"{size * num_frames * len(self.targets) / 1e9:,.2f} GB in all{room}",
+            f"payload={self.config.payload}: about {_size(size)} per frame and target, "
+            f"{_size(size * num_frames * len(self.targets))} in all{room}",
         ]
 
     def check_disk(self, location: Location, num_frames: int) -> None:
@@ -112,8 +112,8 @@ class CaptureWork:
         needed = self._payload_bytes() * num_frames * len(self.targets) - written
         if needed > free:
             raise StorageError(
-                f"payload={self.config.payload} of {num_frames:,} frames needs about {needed / 1e9:,.1f} GB more, "
-                f"{location} has {free / 1e9:,.1f} GB free. Use payload=reduced, limit=N, every=N or another disk."
+                f"payload={self.config.payload} of {num_frames:,} frames needs about {_size(needed)} more, "
+                f"{location} has {_size(free)} free. Use payload=reduced, limit=N, every=N or another disk."
             )
 
     def _payload_bytes(self) -> int:
@@ -129,3 +129,8 @@ class CaptureWork:
         if self.config.model.dtype != "auto":
             return self.config.model.dtype
         return "bfloat16" if device == "cuda" else "float32"
+
+
+def _size(count: float) -> str:
+    """Bytes as people read them: 1.3 MB, 3.8 GB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"

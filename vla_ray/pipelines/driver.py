@@ -177,8 +177,9 @@ class Driver:
                 self._end(lease, "stopped", blameless=True)
                 logger.warning("stopped; to go on: %s", self.resume_command)
                 return 143 if isinstance(e, Stopped) else 130
-            except RunError:
-                raise  # the run is another driver's now: not ours to write to
+            except RunError:  # taken over by another driver, or an `auto` that is another one here
+                self._end(lease, "failed", blameless=True)
+                raise
             except VlaRayError as e:
                 # A frame that takes its whole node down ends the job as a ClusterError: that is evidence.
                 self._end(lease, "failed", blameless=not isinstance(e, ClusterError))
@@ -313,7 +314,8 @@ class Driver:
     @property
     def resume_command(self) -> str:
         """The command of this run, with its name."""
-        argv = [a for a in sys.argv if not a.startswith("run=")]
+        # Without retry_failed: what failed before is to be done already, what failed since is not.
+        argv = [a for a in sys.argv if not a.startswith(("run=", "retry_failed="))]
         return shlex.join(["python", *argv, f"run={self.job.run}"])
 
 

@@ -17,6 +17,7 @@ from vla_ray.schema import FAILED
 from vla_ray.storage import payload as payload_file
 from vla_ray.storage.files import Location, read_json
 from vla_ray.storage.ledger import read_metrics
+from vla_ray.storage.location import storage_errors
 
 EXAMPLES = 5
 
@@ -31,7 +32,7 @@ def describe(path: str) -> str:
     if loc.name.endswith(".pt"):
         return "\n".join(_payload(payload_file.load(loc), str(loc)))
     if loc.name.endswith(".parquet"):
-        with loc.open_input() as source:
+        with storage_errors("read", loc), loc.open_input() as source:
             return "\n".join(_table(pq.read_table(source), str(loc)))
     if (run := read_json(loc / "run.json")) is not None:
         return "\n".join(_run(loc, run))

@@ -1,0 +1,89 @@
+"""What `jobs/show.py` says about payloads, tables, runs, and nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vla_ray.errors import StorageError
+from vla_ray.report.show import describe
+from vla_ray.storage import payload
+from vla_ray.storage.files import Location
+from vla_ray.storage.ledger import Ledger, commit
+from vla_ray.storage.run import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    directory = RunDirectory.open(tmp_path, "drive", settings={"job": "capture"}, config_yaml="", command="python x")
+    directory.start({"manifest": "m", "frames": 3, "targets": ["acc_energy"]})
+    rows = [
+        {"frame_id": f"s/{i}", "target": "acc_energy", "status": "ok", "target_scalar": float(i), "text": "Keep going."}
+        for i in range(3)
+    ]
+    rows.append(
+        {"frame_id": "s/3", "target": "acc_energy", "status": "failed", "error_type": "ImageError", "error": "cut"}
+    )
+    commit(directory.location, rows)
+    return tmp_path / "drive"
+
+
+def test_a_run_while_it_goes_on_and_folded(run: Path) -> None:
+    before = describe(str(run))
+    Ledger(Location.of(run)).load()
+    after = describe(str(run))
+    for text in (before, after):
+        assert "run drive: running (capture" in text
+        assert "4 rows, 1 failed, 3 ok" in text
+        assert "s/3: ImageError: cut" in text
+        assert "3 x 'Keep going.'" in text
+        (line,) = (x for x in text.splitlines() if x.startswith("  acc_energy"))
+        assert line.split() == ["acc_energy", "4", "1", "0", "0", "1", "2"], (
+            "rows, failed, degenerate, min, median, max"
+        )
+
+
+def test_a_table(run: Path) -> None:
+    Ledger(Location.of(run)).load()
+    assert "4 rows, 1 failed, 3 ok" in describe(str(run / "metrics" / "part-000000.parquet"))
+
+
+def test_a_payload(tmp_path: Path) -> None:
+    content = {
+        "tag": "a",
+        "image_path": "/a.png",
+        "input_speed_mps": 3.0,
+        "mode": "action",
+        "target_scalar": 0.5,
+        "target_info": {"head": "route"},
+        "outputs": {
+            "pred_route": torch.tensor([[[1.0, 0.0], [2.0, 0.0]]]),
+            "pred_speed_wps": torch.tensor([[[1.0, 0.0], [4.0, 4.0]]]),
+            "language": ["Stop."],
+        },
+        "meta": {
+            "frame_id": "s/a",
+            "target": "curv_energy",
+            "degenerate": True,
+            "original_width": 20,
+            "original_height": 10,
+            "num_patch_views": 2,
+            "num_image_tokens_per_patch": 9,
+            "spans": {"prompt": [0, 5]},
+        },
+        "attention": {"vision_block_0": [{"attn": torch.zeros(2, 4, 3, 3), "shape": [2, 4, 3, 3]}]},
+    }
+    payload.save(Location.of(tmp_path / "a.pt"), content)
+    text = describe(str(tmp_path / "a.pt"))
+    for part in ("s/a", "curv_energy = 0.5", "no map", "5.00 m long", "prompt 0..4", "attn float32[2, 4, 3, 3]"):
+        assert part in text
+
+
+def test_a_folder_of_runs_and_nothing(run: Path, tmp_path: Path) -> None:
+    assert f"holds 1 runs: drive\nlook at one: python jobs/show.py path={run}" in describe(str(tmp_path))
+    with pytest.raises(StorageError, match="there is nothing at"):
+        describe(str(tmp_path / "none"))
+    with pytest.raises(StorageError, match="no run directory"):
+        describe(str(run / "ledger"))
