@@ -171,7 +171,7 @@ def test_a_stop_is_clean_and_no_evidence(
 
 def test_a_full_disk_is_no_evidence_either(job: Job) -> None:
     work = FakeWork(after=1, then=StorageError("Cannot write x: no space left on device."))
-    with pytest.raises(StorageError, match=r"no space left.*What is done is kept; to go on: python .* run=r$"):
+    with pytest.raises(StorageError, match=r"no space left.* 2 rows are kept; to go on: python .* run=r$"):
         Driver(job).execute(work)
     assert work.closed
     assert run_json(job)["status"] == "failed"

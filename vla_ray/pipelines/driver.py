@@ -183,7 +183,10 @@ class Driver:
             except VlaRayError as e:
                 # A frame that takes its whole node down ends the job as a ClusterError: that is evidence.
                 self._end(lease, "failed", blameless=not isinstance(e, ClusterError))
-                raise type(e)(f"{e} What is done is kept; to go on: {self.resume_command}") from e
+                kept = sum(self.run.document["counts"].values())
+                if not kept:
+                    raise
+                raise type(e)(f"{e} {kept:,} rows are kept; to go on: {self.resume_command}") from e
             except BaseException:
                 self._end(lease, "failed")
                 raise

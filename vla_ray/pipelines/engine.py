@@ -57,13 +57,13 @@ def run_items(
         ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
         .map(
             _Decode(DecodeWorker(decoder, run_dir, token)),
-            compute=TaskPoolStrategy(size=plan.decoders),
+            compute=TaskPoolStrategy(size=min(plan.decoders, len(rows))),
             num_cpus=DECODE_CPUS,
         )
         .map(
             actor,
             fn_constructor_kwargs={"make_replica": make_replica, "run_dir": run_dir, "token": token},
-            compute=ActorPoolStrategy(size=plan.replicas, max_tasks_in_flight_per_actor=2),
+            compute=ActorPoolStrategy(size=min(plan.replicas, len(rows)), max_tasks_in_flight_per_actor=2),
             num_cpus=plan.num_cpus,
             num_gpus=plan.num_gpus,
         )

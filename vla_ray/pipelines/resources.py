@@ -70,8 +70,10 @@ def _gpu_plan(
 ) -> Plan:
     # A share above one half leaves no room for a second replica on the same GPU.
     possible = int(cluster.num_gpus * int(1 / gpus)) if gpus <= 1 else int(cluster.num_gpus / gpus)
-    count = replicas or possible
-    if count > possible or possible < 1:
+    if cluster.num_gpus < 1:
+        raise ClusterError(f"model.device=cuda needs a GPU, the cluster has {cluster.num_gpus:g}. Use model.device=cpu.")
+    count = max(replicas or possible, 1)
+    if count > possible:
         raise ClusterError(
             f"replicas={count} with gpus_per_replica={gpus:g} need {count * gpus:g} GPUs, the cluster has "
             f"{cluster.num_gpus:g}. Lower replicas or gpus_per_replica, or use model.device=cpu."
