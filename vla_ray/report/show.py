@@ -110,8 +110,8 @@ def _payload(content: dict[str, Any], name: str) -> Iterator[str]:
     yield f"  text       {content['outputs']['language'][0]!r}"
     yield f"  route      {_points(content['outputs']['pred_route'])}"
     yield f"  speed wps  {_points(content['outputs']['pred_speed_wps'])}"
-    yield f"  picture    {meta['original_width']}x{meta['original_height']}, {meta['num_patch_views']} tiles of "
-    yield f"             {meta['num_image_tokens_per_patch']} image tokens"
+    tiles = f"{meta['num_patch_views']} tiles of {meta['num_image_tokens_per_patch']} image tokens"
+    yield f"  picture    {meta['original_width']}x{meta['original_height']}, {tiles}"
     if "spans" in meta:
         yield "  sequence   " + ", ".join(f"{k} {a}..{b - 1}" for k, (a, b) in meta["spans"].items())
     blocks = content["attention"]
