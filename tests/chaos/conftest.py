@@ -94,7 +94,13 @@ class Run:
         self.counter = itertools.count()
 
     def start(self, *overrides: str, **faults: Any) -> Capture:
-        arguments = (f"scene_dir={self.scenes}", f"output_dir={self.directory / 'out'}", "run=r", "replicas=2", "batch_size=4")
+        arguments = (
+            f"scene_dir={self.scenes}",
+            f"output_dir={self.directory / 'out'}",
+            "run=r",
+            "replicas=2",
+            "batch_size=4",
+        )
         return self.start_command([sys.executable, "jobs/capture.py", *arguments, *overrides], **faults)
 
     def start_command(self, command: Sequence[str], **faults: Any) -> Capture:
@@ -131,7 +137,12 @@ class Run:
                 content = payload_file.load(Location.of(self.path / row["payload_path"]), mmap=False)
                 assert content["meta"]["frame_id"] == row["frame_id"]
                 assert content["target_scalar"] == row["target_scalar"]
-        left = [*self.path.rglob(".*"), *self.path.glob("ledger/*"), *self.path.glob("attempts/*"), *self.path.glob("lease*")]
+        left = [
+            *self.path.rglob(".*"),
+            *self.path.glob("ledger/*"),
+            *self.path.glob("attempts/*"),
+            *self.path.glob("lease*"),
+        ]
         assert left == []
         assert self.document["status"] == "finished"
         counts = self.document["counts"]

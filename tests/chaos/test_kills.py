@@ -12,12 +12,14 @@ import pytest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.ray]
 
-POISON = "a/frame_0011"
+POISON, POISON_PICTURE = "a/frame_0011", "b/frame_0044"
 
 
-def test_replicas_die_at_every_point_of_a_batch(run: Any) -> None:
-    """Before it, half way through a payload, with payloads but no rows, and with rows the driver does not know of."""
+def test_processes_die_at_every_point_of_a_batch(run: Any) -> None:
+    """While decoding, before a batch, half way through a payload, with payloads but no rows, and with rows the driver
+    does not know of."""
     victims = {
+        "decode": "a/frame_0041",
         "process": "a/frame_0003",
         "writing": "a/frame_0022",
         "processed": "b/frame_0007",
@@ -28,6 +30,7 @@ def test_replicas_die_at_every_point_of_a_batch(run: Any) -> None:
     assert sorted(p.name for p in run.faults.parent.glob("killed-*")) == sorted(f"killed-{p}" for p in victims)
     rows = run.verify()
     assert {point: rows[frame]["attempt"] for point, frame in victims.items()} == {
+        "decode": 1,
         "process": 2,
         "writing": 2,
         "processed": 2,
@@ -35,17 +38,19 @@ def test_replicas_die_at_every_point_of_a_batch(run: Any) -> None:
     }
 
 
-def test_a_frame_that_always_kills_its_process_fails_alone(run: Any) -> None:
-    job = run.start(kill_always=[POISON])
+def test_frames_that_always_kill_their_process_fail_alone(run: Any) -> None:
+    """One in the model's process, one in a decoder's."""
+    job = run.start(kill_always=[POISON], kill_decode=[POISON_PICTURE])
     assert job.wait() == 0, job.err.read_text()
-    rows = run.verify(failed=[POISON])
-    assert rows[POISON]["error_type"] == "WorkerDied"
+    rows = run.verify(failed=[POISON, POISON_PICTURE])
+    assert {rows[frame]["error_type"] for frame in (POISON, POISON_PICTURE)} == {"WorkerDied"}
+    assert "decoded" in rows[POISON_PICTURE]["error"]
     assert "100 rows" in job.out.read_text()
-    assert f"failed   1 rows; the first: {POISON}" in job.out.read_text()
+    assert "failed   2 rows; the first: " in job.out.read_text()
     # Done again without the poison.
     again = run.start("retry_failed=true")
-    assert again.wait() == 0
-    assert "1 rows to do, 99 done before" in again.err.read_text()
+    assert again.wait() == 0, again.err.read_text()
+    assert "2 rows to do, 98 done before" in again.err.read_text()
     run.verify()
 
 
@@ -91,6 +96,19 @@ def test_sigterm_stops_and_says_how_to_go_on(run: Any, moment: str) -> None:
     assert again.wait() == 0, again.err.read_text()
     rows = run.verify()
     assert {row["attempt"] for row in rows.values()} == {1}, "a clean stop is held against nobody"
+
+
+def test_ray_itself_dies(run: Any) -> None:
+    """Ray ends the driver's process without asking it; nothing of ours can be printed, and nothing is lost."""
+    job = run.start(delay_s=0.3)
+    job.until(lambda: run.committed() >= 5)
+    raylets = [process for process in job.ray_processes() if process.name() == "raylet"]
+    assert raylets
+    for process in raylets:
+        process.kill()
+    assert job.wait() == 1
+    assert run.start().wait() == 0
+    run.verify()
 
 
 def test_everything_at_once(run: Any) -> None:

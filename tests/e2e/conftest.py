@@ -1,4 +1,4 @@
-"""Jobs as a user runs them: `python jobs/<job>.py key=value ...`, in a process of their own or, quicker, in this one."""
+"""Jobs as a user runs them: `python jobs/<job>.py key=value ...`, in a process of their own or, quicker, in this."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Ended:
     err: str
 
     def refused(self, name: str) -> str:
-        """The one line of an expected error: exit code 2, nothing on stdout, no stack, and nothing else but log lines."""
+        """The one line of an expected error: exit code 2, nothing on stdout, and beside it nothing but log lines."""
         assert self.code == 2, self.err
         assert self.out == ""
         assert "Traceback" not in self.err
@@ -62,7 +62,7 @@ def here(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("this must be refused before Ray starts")
 
-    monkeypatch.setattr("vla_ray.cluster.connect", refuse)
+    monkeypatch.setattr("vla_ray.pipelines.capture_work.connect", refuse)
     handlers, level = logging.root.handlers[:], logging.root.level
 
     def run(job: str, *overrides: str) -> Ended:

@@ -127,7 +127,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_disks_that_are_too_small_or_read_only(here: Run, small_disk: Path) -> None:
     line = here("capture", f"output_dir={small_disk}", "payload=full").refused("capture")
-    assert " MB more" in line
+    assert "needs about 0.2 GB more" in line
     assert "1.0 MB free" in line
     assert "payload=reduced" in line
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -148,7 +148,9 @@ def test_a_run_of_other_settings(here: Run, tmp_path: Path) -> None:
 def test_as_a_process(process: Run, tmp_path: Path) -> None:
     line = process("capture", "scene_dirr=x", f"output_dir={tmp_path}").refused("capture")
     assert "Did you mean 'scene_dir'" in line
-    line = process("capture", "cluster.address=127.0.0.1:1", f"output_dir={tmp_path}", "run=r", "limit=1").refused("capture")
+    line = process("capture", "cluster.address=127.0.0.1:1", f"output_dir={tmp_path}", "run=r", "limit=1").refused(
+        "capture"
+    )
     assert "127.0.0.1:1" in line
     assert "ray start --head" in line
     assert json.loads((tmp_path / "r/run.json").read_text())["status"] == "failed"

@@ -6,13 +6,14 @@ every call, so a test may change it while its cluster lives:
 
     kill_once    {"<point>": "<frame id>"}: the process ends by SIGKILL there, once per point (a marker file remembers)
     kill_always  [frame ids]: the process ends by SIGKILL whenever one of these is processed
+    kill_decode  [frame ids]: the process ends by SIGKILL whenever the picture of one of these is decoded
     raise        {"<frame id>": "message"}: a RuntimeError whenever this frame is processed
     full_disk    "text": every write whose path contains it fails with ENOSPC, once half of it is written
     refuse_start "message": constructing a replica raises a CheckpointError
     delay_s      seconds that every batch takes longer
 
-Points: `process` (before a batch), `writing` (half a payload written), `processed` (payloads durable, rows not),
-`committed` (rows durable, the driver does not know).
+Points: `decode` (a picture), `process` (before a batch), `writing` (half a payload written), `processed` (payloads
+durable, rows not), `committed` (rows durable, the driver does not know).
 """
 
 from __future__ import annotations
@@ -43,14 +44,15 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_once(point: str, ids: Iterable[str]) -> None:
+def my_turn(point: str, ids: Iterable[str]) -> bool:
+    """Whether this process is the one to die at this point."""
     if faults().get("kill_once", {}).get(point) not in set(ids):
-        return
+        return False
     try:
         os.close(os.open(FAULTS.with_name(f"killed-{point}"), os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        return
-    die()
+        return False
+    return True
 
 
 def wrap_replica(module: Any) -> None:
@@ -68,16 +70,30 @@ def wrap_replica(module: Any) -> None:
         ids, now = [f.frame.ref.frame_id for f in frames], faults()
         if set(ids) & set(now.get("kill_always", ())):
             die()
-        die_once("process", ids)
+        if my_turn("process", ids):
+            die()
         time.sleep(now.get("delay_s", 0.0))
         for frame_id in ids:
             if frame_id in now.get("raise", {}):
                 raise RuntimeError(now["raise"][frame_id])
         rows = process(self, frames, targets)
-        die_once("processed", ids)
+        if my_turn("processed", ids):
+            die()
         return rows
 
     replica.__init__, replica.process = faulty_start, faulty_process
+
+
+def wrap_decode(module: Any) -> None:
+    load = module.Decoder.load
+
+    def faulty_load(self: Any, frame: Any) -> Any:
+        frame_id = frame.ref.frame_id
+        if frame_id in faults().get("kill_decode", ()) or my_turn("decode", [frame_id]):
+            die()
+        return load(self, frame)
+
+    module.Decoder.load = faulty_load
 
 
 def wrap_work(module: Any) -> None:
@@ -85,7 +101,8 @@ def wrap_work(module: Any) -> None:
 
     def faulty_commit(run_dir: Any, rows: Any) -> Any:
         name = commit(run_dir, rows)
-        die_once("committed", [row["frame_id"] for row in rows])
+        if my_turn("committed", [row["frame_id"] for row in rows]):
+            die()
         return name
 
     module.commit = faulty_commit
@@ -96,14 +113,15 @@ def wrap_files(module: Any) -> None:
 
     def faulty_fill(file: Any, data: Any) -> None:
         name = os.readlink(f"/proc/self/fd/{file.fileno()}")
-        full, victim = faults().get("full_disk"), faults().get("kill_once", {}).get("writing")
+        full, victim = faults().get("full_disk"), faults().get("kill_once", {}).get("writing", "")
         if full and full in name:
             file.write(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
-        if victim and name.endswith(".tmp") and f"/.{victim.rpartition('/')[2]}_" in name:
+        scene, _, stem = victim.rpartition("/")
+        if f"/{scene}_" in name and f"/.{stem}_" in name and my_turn("writing", [victim]):
             file.write(b"half of it")
             file.flush()
-            die_once("writing", [victim])
+            die()
         fill(file, data)
 
     module._fill = faulty_fill
@@ -111,6 +129,7 @@ def wrap_files(module: Any) -> None:
 
 WRAP: dict[str, Callable[[Any], None]] = {
     "vla_ray.stages.capture": wrap_replica,
+    "vla_ray.stages.decode": wrap_decode,
     "vla_ray.stages.work": wrap_work,
     "vla_ray.storage.files": wrap_files,
 }
@@ -127,7 +146,8 @@ class Hook(importlib.abc.MetaPathFinder):
             spec = importlib.util.find_spec(name)
         finally:
             sys.meta_path.insert(0, self)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         load = spec.loader.exec_module
 
         def load_and_wrap(module: Any) -> None:

@@ -107,4 +107,4 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("this run must not need Ray")
 
-    monkeypatch.setattr("vla_ray.cluster.connect", refuse)
+    monkeypatch.setattr("vla_ray.pipelines.capture_work.connect", refuse)

@@ -120,9 +120,7 @@ def test_handled_pictures_are_the_same_picture(bad_run: Any, rows: Rows) -> None
         assert table[tag]["route_end_x"] == pytest.approx(table["plain"]["route_end_x"], rel=0.2), tag
 
 
-def test_max_error_rate_decides_the_exit_code(
-    bad_run: Any, no_ray: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_max_error_rate_decides_the_exit_code(bad_run: Any, no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
     _, again = bad_run
     assert capture(again()) == 1
     assert capture(again(max_error_rate=0.4)) == 0
@@ -139,45 +137,36 @@ def test_a_run_with_failures_is_shown(bad_run: Any) -> None:
     assert "all_sorts/letter: ImageError" in text
 
 
-def test_heads_that_give_nan_and_nothing(
+def test_standing_still_is_degenerate(
     tmp_path: Path, configure: Configure, rows: Rows, tiny_model: ModelConfig
 ) -> None:
-    """NaN from the route head fails the route's target only; a vehicle that stands still is degenerate, with payload."""
-    root = tmp_path / "checkpoint"
-    shutil.copytree(Path(tiny_model.checkpoint).parents[2], root)
-    path = root / Path(tiny_model.checkpoint).relative_to(Path(tiny_model.checkpoint).parents[2])
+    """A value without a gradient has a payload and a row that says so; the other targets of the frame are as usual."""
+    root, released = tmp_path / "checkpoint", Path(tiny_model.checkpoint)
+    shutil.copytree(released.parents[2], root)
+    path = root / released.relative_to(released.parents[2])
     state = torch.load(path, weights_only=True)
-    state["adaptors.driving.route_head.4.weight"].fill_(torch.nan)
     state["adaptors.driving.speed_wps_head.2.weight"].zero_()
     torch.save(state, path)
-    config = configure(
-        tmp_path,
-        limit=2,
-        model=ModelConfig(checkpoint=str(path)),
-        kinematic_metric=["curv_energy", "longitudinal_progress"],
-        max_error_rate=0.5,
-    )
-    assert capture(config) == 0
+    model = ModelConfig(checkpoint=str(path))
+    metrics = ["curv_energy", "longitudinal_progress", "forward_speed"]
+    assert capture(configure(tmp_path, limit=2, model=model, kinematic_metric=metrics)) == 0
     for row in rows(tmp_path / "r"):
-        if row["target"] == "curv_energy":
-            assert (row["status"], row["error_type"]) == ("failed", "NonFiniteTarget")
-            assert row["payload_path"] is None
-            assert row["text"], "what is known of a failed frame is kept"
-        else:
-            assert row["status"] == "degenerate"
-            assert row["target_scalar"] == 0.0
-            assert row["error"] is None
-            content = payload_file.load(Location.of(tmp_path / "r" / row["payload_path"]))
-            assert content["meta"]["degenerate"] is True
-            assert float(content["attention"]["language_block_0"][0]["cam"].float().abs().max()) == 0
+        still = row["target"] != "curv_energy"
+        assert row["status"] == ("degenerate" if still else "ok")
+        assert (row["target_scalar"] == 0.0) == still
+        assert row["error"] is None
+        content = payload_file.load(Location.of(tmp_path / "r" / row["payload_path"]))
+        assert content["meta"]["degenerate"] is still
+        largest = max(float(e[0]["cam"].float().max()) for e in content["attention"].values())
+        assert (largest == 0) == still
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of one megabyte."""
+    """A disk of 16 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "vla_ray_test", str(disk)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "vla_ray_test", str(disk)], capture_output=True)
     if mounted.returncode != 0:
         pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
     yield disk
@@ -188,19 +177,19 @@ def test_a_disk_that_really_fills_up(
     small_disk: Path, configure: Configure, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure(small_disk, payload="full", batch_size=1)
-    with pytest.raises(StorageError, match=r"needs about .* GB more.*payload=reduced"):
+    with pytest.raises(StorageError, match=r"needs about .* MB more.*16.8 MB free.*payload=reduced"):
         capture(config)
     assert list(small_disk.iterdir()) == [], "refused before anything was written"
     # Somebody else fills the disk later.
-    monkeypatch.setattr("vla_ray.pipelines.capture.free_bytes", lambda _: None)
+    monkeypatch.setattr("vla_ray.pipelines.capture_work.free_bytes", lambda _: None)
     with pytest.raises(StorageError, match="no space left on device"):
         capture(config)
     run = small_disk / "r"
     done = rows(run)
-    assert len(done) < 8
+    assert 1 <= len(done) < 8
     for row in done:
         payload_file.load(Location.of(run / row["payload_path"]))
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=128m", str(small_disk)], check=True)
     assert capture(config) == 0
     table = rows(run)
     assert [r["status"] for r in table] == ["ok"] * 8

@@ -77,7 +77,7 @@ def test_replicas_and_then_the_batch_give_way_to_memory() -> None:
     ("given", "device", "replicas", "batch_size", "words"),
     [
         (cluster(8, gpus=2), "cuda", 3, None, ["replicas=3", "3 GPUs", "has 2", "model.device=cpu"]),
-        (cluster(8), "cuda", None, None, ["the cluster has 0"]),
+        (cluster(8), "cuda", None, None, ["needs a GPU", "has none"]),
         (cluster(4), "cpu", 5, None, ["replicas=5", "5 CPUs", "has 4"]),
         (cluster(0), "cpu", None, None, ["0 CPUs", "at least 1"]),
         (cluster(0, gpus=1), "cuda", None, None, ["0 CPUs", "at least 1"]),

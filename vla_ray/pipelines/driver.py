@@ -284,7 +284,7 @@ class Driver:
             f"{self.job.name} {self.job.run}: {total:,} rows{took} ({parts})",
             f"  results  {self.location}",
             f"  metrics  {self.location / 'metrics'}  (Parquet, one row per frame and target)",
-            f"  look     python jobs/show.py path={self.location}",
+            f"  look     {shlex.join(['python', 'jobs/show.py', f'path={self.location}'])}",
         ]
         rate = failed / total if total else 0.0
         if failed:

@@ -71,7 +71,7 @@ def _gpu_plan(
     # A share above one half leaves no room for a second replica on the same GPU.
     possible = int(cluster.num_gpus * int(1 / gpus)) if gpus <= 1 else int(cluster.num_gpus / gpus)
     if cluster.num_gpus < 1:
-        raise ClusterError(f"model.device=cuda needs a GPU, the cluster has {cluster.num_gpus:g}. Use model.device=cpu.")
+        raise ClusterError("model.device=cuda needs a GPU, the cluster has none. Use model.device=cpu.")
     count = max(replicas or possible, 1)
     if count > possible:
         raise ClusterError(

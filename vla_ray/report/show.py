@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -40,10 +41,13 @@ def describe(path: str) -> str:
         raise StorageError(f"there is nothing at {loc}. Give a payload (.pt), a table (.parquet) or a run directory.")
     runs = [e.name for e in loc.list() if e.is_dir and (loc / e.name / "run.json").exists()]
     if runs:
-        return (
-            f"{loc} holds {len(runs)} runs: {', '.join(runs)}\nlook at one: python jobs/show.py path={loc / runs[-1]}"
-        )
+        return f"{loc} holds {len(runs)} runs: {', '.join(runs)}\nlook at one: {_command(loc / runs[-1])}"
     raise StorageError(f"{loc} is no run directory (it has no run.json) and holds none. `make demo` writes one.")
+
+
+def _command(loc: Location) -> str:
+    """For a shell, whatever the path."""
+    return shlex.join(["python", "jobs/show.py", f"path={loc}"])
 
 
 def _run(loc: Location, run: dict[str, Any]) -> Iterator[str]:
@@ -59,7 +63,7 @@ def _run(loc: Location, run: dict[str, Any]) -> Iterator[str]:
     first = next((p for p in table["payload_path"].to_pylist() if p), None)
     if first:
         total = pc.sum(table["payload_bytes"]).as_py() or 0
-        yield f"\npayloads: {total / 1e6:,.1f} MB; look at one: python jobs/show.py path={loc / first}"
+        yield f"\npayloads: {total / 1e6:,.1f} MB; look at one: {_command(loc / first)}"
 
 
 def _table(table: pa.Table, name: str) -> Iterator[str]:
