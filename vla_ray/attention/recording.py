@@ -40,8 +40,7 @@ class AttentionRecorder(AbstractContextManager["AttentionRecorder"]):
         self.probabilities: dict[str, Tensor] = {}
         self._names: dict[int, str] = {}
         for tower, model in towers.items():
-            modules = [m for m in model.modules() if is_attention(m)]
-            self._names.update({id(m): f"{tower}_block_{i}" for i, m in enumerate(modules)})
+            self._names.update({id(m): f"{tower}_block_{i}" for i, m in enumerate(attention_modules(model))})
 
     def __enter__(self) -> AttentionRecorder:
         global _open
@@ -82,9 +81,13 @@ class AttentionRecorder(AbstractContextManager["AttentionRecorder"]):
         return dict(zip(self.probabilities, filled, strict=False)), filled[len(self.probabilities) :]
 
 
-def is_attention(module: nn.Module) -> bool:
-    """Whether transformers' attention interface is called with this module."""
-    return type(module).__name__.endswith("Attention") and hasattr(module, "q_proj") and hasattr(module, "is_causal")
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that transformers' attention interface is called with, first layer first."""
+    return [
+        m
+        for m in model.modules()
+        if type(m).__name__.endswith("Attention") and hasattr(m, "q_proj") and hasattr(m, "is_causal")
+    ]
 
 
 def record_attention(

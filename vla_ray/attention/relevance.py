@@ -1,0 +1,204 @@
+"""Relevance folded in while backward runs: no attention matrix is kept.
+
+Attention relevancy (Chefer et al. 2021, rule 6) of a scalar y is R = (I + A_L) ... (I + A_1) with
+A_l = mean over heads of relu(P * dy/dP), [N, N]. Only one row of it, w^T R, is ever shown, and that row obeys
+
+    r <- w;   for l = L ... 1:   r <- r + A_l^T r,
+
+the order in which backward reaches the layers. So every attention call hooks the gradient dO of its output, recomputes
+P and dP = dO V^T for a block of rows at a time, and folds them into r. Rows of different samples never mix: a batch
+gives each of them its own r. Memory is that of plain SDPA plus one block.
+
+Register it with `set_attn_implementation(IMPLEMENTATION)`; while no tape is open it is plain SDPA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from vla_ray.attention.recording import attention_modules
+
+IMPLEMENTATION = "vla_ray_relevance"
+BLOCK_ROWS = 128
+
+# positive, negative: what raises, what lowers the scalar; signed: both, cancelling; attention: rollout, no gradient.
+Kind = Literal["positive", "negative", "signed", "attention"]
+KINDS: tuple[Kind, ...] = ("positive", "negative", "signed", "attention")
+Seed = Tensor | Callable[[], Tensor]
+
+_open: RelevanceTape | None = None  # one per process: a replica runs one batch at a time
+
+
+class RelevanceTape(AbstractContextManager["RelevanceTape"]):
+    """Folds relevance for the attention modules of the given towers.
+
+    Open it around the forward pass; then, for every target, `start` it and run backward from the towers' output.
+
+    Args:
+        towers: name -> model.
+        kinds: what to fold, each in its own chain.
+    """
+
+    def __init__(self, towers: Mapping[str, nn.Module], kinds: Sequence[Kind] = ("positive",)) -> None:
+        unknown = [kind for kind in kinds if kind not in KINDS]
+        if unknown or not kinds:
+            raise ValueError(f"unknown relevance kind {unknown}; known: {', '.join(KINDS)}")
+        self.kinds = tuple(kinds)
+        self._places = {
+            id(module): (tower, layer)
+            for tower, model in towers.items()
+            for layer, module in enumerate(attention_modules(model))
+        }
+        self._seeds: dict[str, Seed] = {}
+        self._rows: dict[str, dict[str, Tensor]] = {}
+        self._last: dict[str, int] = {}
+
+    def __enter__(self) -> RelevanceTape:
+        global _open
+        if _open is not None:
+            raise RuntimeError("another RelevanceTape is open in this process")
+        _open = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _open
+        _open = None
+
+    def start(self, **seeds: Seed) -> None:
+        """Begin the relevance of one target.
+
+        Args:
+            seeds: tower -> weights [B, N] of its rows, or a function that gives them when the tower is reached (so that
+                the finished rows of one tower can seed the next). A tower without a seed is not folded.
+        """
+        self._seeds, self._rows, self._last = dict(seeds), {}, {}
+
+    def rows(self, tower: str) -> dict[str, Tensor]:
+        """kind -> w^T R, [B, N] float32 (float64 for a float64 model): the relevance of each token of the tower."""
+        return self._rows[tower]
+
+    def watch(self, module: nn.Module, call: AttentionCall, output_BHND: Tensor) -> None:
+        """Fold this call when the gradient of its output is known."""
+        place = self._places.get(id(module))
+        if place is not None and output_BHND.requires_grad:
+            output_BHND.register_hook(lambda gradient: self._fold(*place, call, gradient))
+
+    def _fold(self, tower: str, layer: int, call: AttentionCall, gradient_BHND: Tensor) -> None:
+        if tower not in self._seeds:
+            return
+        if tower not in self._rows:
+            seed = self._seeds[tower]
+            weights = seed() if callable(seed) else seed
+            dtype = torch.promote_types(weights.dtype, torch.float32)
+            self._rows[tower] = dict.fromkeys(self.kinds, weights.detach().to(dtype))
+        elif layer != self._last[tower] - 1:
+            raise RuntimeError(f"layer {layer} of {tower} was folded after layer {self._last[tower]}")
+        self._last[tower] = layer
+        rows = self._rows[tower]
+        added = fold(call, gradient_BHND, rows)
+        for kind, old in rows.items():
+            # Rows of P sum to one, so rollout averages with the identity and keeps its mass.
+            rows[kind] = 0.5 * (old + added[kind]) if kind == "attention" else old + added[kind]
+
+
+class AttentionCall:
+    """What one attention call was given; holds only what SDPA's own backward keeps alive anyway."""
+
+    __slots__ = ("causal", "key", "mask", "query", "scale", "value")
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+    ) -> None:
+        """Args: query [B,H,N,D]; key, value [B,Hk,N,D], Hk divides H; mask boolean [B,1,N,N], True = may attend."""
+        self.query, self.key, self.value = query.detach(), key.detach(), value.detach()
+        self.mask, self.causal, self.scale = mask, causal, scale
+
+
+@torch.no_grad()
+def fold(call: AttentionCall, gradient_BHND: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """kind -> A^T r for one attention call, in blocks of rows.
+
+    Args:
+        gradient_BHND: d scalar / d output of the call, before heads are joined.
+        rows: kind -> r [B, N].
+    """
+    query, (batch, heads, length, _) = call.query, call.query.shape
+    groups = heads // call.key.shape[1]
+    added = {kind: torch.zeros_like(r) for kind, r in rows.items()}
+    for b in range(batch):
+        live = torch.stack([r[b] != 0 for r in rows.values()]).any(0)
+        key, value = (x[b].repeat_interleave(groups, 0) if groups > 1 else x[b] for x in (call.key, call.value))
+        for start in range(0, length, BLOCK_ROWS):
+            block = slice(start, min(start + BLOCK_ROWS, length))
+            if not bool(live[block].any()):  # rows without relevance pass none on
+                continue
+            p = _probabilities(query[b, :, block], key, call, b, block)
+            gradient = (gradient_BHND[b, :, block] @ value.transpose(-1, -2)).to(p.dtype)
+            for kind, r in rows.items():
+                added[kind][b] += r[b, block] @ _weights(kind, p, gradient).mean(0).to(r.dtype)
+    return added
+
+
+def _probabilities(query_HND: Tensor, key_HND: Tensor, call: AttentionCall, b: int, block: slice) -> Tensor:
+    scores = (query_HND @ key_HND.transpose(-1, -2)).to(
+        torch.promote_types(query_HND.dtype, torch.float32)
+    ) * call.scale
+    allowed = None if call.mask is None else call.mask[b, :, block]
+    if allowed is None and call.causal:
+        columns = torch.arange(scores.shape[-1], device=scores.device)
+        allowed = columns <= torch.arange(block.start, block.stop, device=scores.device)[:, None]
+    if allowed is None:
+        return scores.softmax(-1)
+    # A row that may attend nowhere (left padding) gets zeros, as SDPA gives it.
+    return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1) * allowed
+
+
+def _weights(kind: str, p: Tensor, gradient: Tensor) -> Tensor:
+    match kind:
+        case "positive":
+            return p * gradient.clamp_min(0)
+        case "negative":
+            return p * (-gradient).clamp_min(0)
+        case "signed":
+            return p * gradient
+        case _:
+            return p
+
+
+def relevance_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """SDPA by transformers' calling convention; an open tape watches its output."""
+    output_BNHD, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    if _open is not None:
+        causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", False)))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        call = AttentionCall(query, key, value, attention_mask, causal and attention_mask is None, scale)
+        output_BHND = output_BNHD.transpose(1, 2)
+        _open.watch(module, call, output_BHND)
+        return output_BHND.transpose(1, 2), None
+    return output_BNHD, None
+
+
+AttentionInterface.register(IMPLEMENTATION, relevance_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # without it padded batches would arrive without a mask
