@@ -101,7 +101,9 @@ class CaptureConfig:
     kinematic_metric: Any = _knob("curv_energy", "one or a list: what is explained of the predicted trajectory")
     text_token_strategy: Any = _knob("max", "max | last | index: which generated token is explained")
     text_token_index: int = _knob(0, "for text_token_strategy=index")
-    payload: str = _knob("reduced", "full (attention and gradient of every head) | reduced (means over heads)")
+    payload: str = _knob(
+        "reduced", "full (attention and gradient of every head) | reduced (means over heads) | relevance"
+    )
     payload_dtype: str = _knob("auto", "of a full payload: auto (the model's) | float32 | float16 | bfloat16")
     image_subdir: str | None = _knob(None, "where a scene keeps its frames, if not directly, in images/ or in frames/")
     speed_subdir: str | None = _knob(None, "where a scene keeps <stem>.txt with the speed in m/s")
@@ -127,11 +129,7 @@ class CaptureConfig:
         object.__setattr__(self, "output_dir", resolve_path(self.output_dir or "outputs"))
         if not self.model.checkpoint:
             raise ConfigError("model.checkpoint is empty; give the path of a pytorch_model.pt, or model=simlingo-tiny")
-        if self.payload == "relevance":
-            raise ConfigError(
-                "payload=relevance is not there yet; use payload=reduced, from which maps can be made later"
-            )
-        _choose("payload", self.payload, ("full", "reduced"))
+        _choose("payload", self.payload, ("full", "reduced", "relevance"))
         _choose("payload_dtype", self.payload_dtype, ("auto", "float32", "float16", "bfloat16"))
         _at_least("limit", self.limit, 1)
         _at_least("every", self.every, 1)

@@ -174,7 +174,10 @@ def test_towers_follow_each_other_and_targets_do_not_mix() -> None:
     for row in (8, 7, 8):
         seed = torch.zeros(1, 9)
         seed[:, row] = 1
-        tape.start(language=seed, vision=lambda: torch.nn.functional.pad(tape.rows("language")["positive"], (1, 0)))
+        tape.start(
+            language=seed,
+            vision=lambda: {k: torch.nn.functional.pad(r, (1, 0)) for k, r in tape.rows("language").items()},
+        )
         torch.autograd.grad(h[:, row].sum(), leaf, retain_graph=True)
         results.append({tower: tape.rows(tower)["positive"] for tower in ("language", "vision")})
     assert float(results[1]["language"][0, 8]) == 0, "causal: a later token is not looked at"

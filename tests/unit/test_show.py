@@ -87,3 +87,35 @@ def test_a_folder_of_runs_and_nothing(run: Path, tmp_path: Path) -> None:
         describe(str(tmp_path / "none"))
     with pytest.raises(StorageError, match="no run directory"):
         describe(str(run / "ledger"))
+
+
+def test_a_relevance_payload(tmp_path: Path) -> None:
+    content = {
+        "tag": "a",
+        "image_path": "/a.png",
+        "input_speed_mps": 3.0,
+        "mode": "text",
+        "target_scalar": 0.5,
+        "target_info": {"token_string": "Stop"},
+        "outputs": {
+            "pred_route": torch.zeros(1, 20, 2),
+            "pred_speed_wps": torch.zeros(1, 10, 2),
+            "language": ["Stop."],
+        },
+        "meta": {
+            "target": "text_max",
+            "original_width": 20,
+            "original_height": 10,
+            "num_patch_views": 1,
+            "num_image_tokens_per_patch": 9,
+            "spans": {"image": [1, 3]},
+        },
+        "relevance": {
+            "language": {"positive": torch.tensor([1.0, 2.0, 1.0, 0.0])},
+            "patches": {"positive": torch.zeros(1, 36)},
+        },
+    }
+    payload.save(Location.of(tmp_path / "a.pt"), content)
+    text = describe(str(tmp_path / "a.pt"))
+    assert "relevance  positive: language float32[4], patches float32[1, 36], 75% on image tokens" in text
+    assert "blocks" not in text

@@ -33,7 +33,7 @@ BLOCK_ROWS = 128
 # positive, negative: what raises, what lowers the scalar; signed: both, cancelling; attention: rollout, no gradient.
 Kind = Literal["positive", "negative", "signed", "attention"]
 KINDS: tuple[Kind, ...] = ("positive", "negative", "signed", "attention")
-Seed = Tensor | Callable[[], Tensor]
+Seed = Tensor | Callable[[], Mapping[str, Tensor]]
 
 _open: RelevanceTape | None = None  # one per process: a replica runs one batch at a time
 
@@ -79,8 +79,8 @@ class RelevanceTape(AbstractContextManager["RelevanceTape"]):
         """Begin the relevance of one target.
 
         Args:
-            seeds: tower -> weights [B, N] of its rows, or a function that gives them when the tower is reached (so that
-                the finished rows of one tower can seed the next). A tower without a seed is not folded.
+            seeds: tower -> weights [B, N] of its rows; or a function that gives them for each kind when the tower is
+                reached, so that the finished rows of one tower can seed the next. A tower without a seed is not folded.
         """
         self._seeds, self._rows, self._last = dict(seeds), {}, {}
 
@@ -99,9 +99,9 @@ class RelevanceTape(AbstractContextManager["RelevanceTape"]):
             return
         if tower not in self._rows:
             seed = self._seeds[tower]
-            weights = seed() if callable(seed) else seed
-            dtype = torch.promote_types(weights.dtype, torch.float32)
-            self._rows[tower] = dict.fromkeys(self.kinds, weights.detach().to(dtype))
+            weights = seed() if callable(seed) else dict.fromkeys(self.kinds, seed)
+            dtype = torch.promote_types(weights[self.kinds[0]].dtype, torch.float32)
+            self._rows[tower] = {kind: weights[kind].detach().to(dtype) for kind in self.kinds}
         elif layer != self._last[tower] - 1:
             raise RuntimeError(f"layer {layer} of {tower} was folded after layer {self._last[tower]}")
         self._last[tower] = layer

@@ -102,7 +102,7 @@ def _failures(table: pa.Table) -> Iterator[str]:
 
 def _payload(content: dict[str, Any], name: str) -> Iterator[str]:
     yield name
-    if "attention" not in content or "meta" not in content:
+    if "meta" not in content or not {"attention", "relevance"} & set(content):
         yield from _tree(content)
         return
     meta, info = content["meta"], content["target_info"]
@@ -118,8 +118,14 @@ def _payload(content: dict[str, Any], name: str) -> Iterator[str]:
     yield f"  picture    {meta['original_width']}x{meta['original_height']}, {tiles}"
     if "spans" in meta:
         yield "  sequence   " + ", ".join(f"{k} {a}..{b - 1}" for k, (a, b) in meta["spans"].items())
-    blocks = content["attention"]
-    yield f"  attention  {len(blocks)} blocks"
+    for kind, patches in content.get("relevance", {}).get("patches", {}).items():
+        language = content["relevance"]["language"][kind]
+        first, last = meta["spans"]["image"]
+        share = float(language[first:last].abs().sum() / language.abs().sum())
+        yield f"  relevance  {kind}: language {_shape(language)}, patches {_shape(patches)}, {share:.0%} on image tokens"
+    blocks = content.get("attention", {})
+    if blocks:
+        yield f"  attention  {len(blocks)} blocks"
     for key, entries in blocks.items():
         parts = (f"{k} {_shape(v)}" if isinstance(v, Tensor) else f"{k} {v}" for k, v in entries[0].items())
         yield f"    {key:20s} " + ", ".join(parts)

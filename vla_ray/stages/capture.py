@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from vla_ray.attention.recording import IMPLEMENTATION
 from vla_ray.models.simlingo import SimLingoConfig, load_model, load_processor
 from vla_ray.schema import DEGENERATE, FAILED, KINEMATIC_COLUMNS, OK
-from vla_ray.stages.payloads import DTYPES, NonFiniteTarget, build_payload
+from vla_ray.stages.payloads import DTYPES, KINDS, NonFiniteTarget, build_payload
 from vla_ray.stages.visit import Explained, Visit
 from vla_ray.stages.work import Loaded, Row
 from vla_ray.storage import payload as payload_file
@@ -68,7 +67,6 @@ class CaptureReplica:
         self.model = load_model(
             spec.model, spec.checkpoint, self.processor.placeholder_id, spec.device, DTYPES[spec.dtype]
         )
-        self.model.set_attention(IMPLEMENTATION)
 
     def process(self, frames: Sequence[Loaded], targets: Sequence[str]) -> list[Row]:
         """Rows of all frames and targets. A batch too large for the GPU's memory is halved, for good, until it fits."""
@@ -123,6 +121,7 @@ class CaptureReplica:
             [x.tiles for x in frames if x.tiles is not None],
             prompts,
             self.spec.max_new_tokens,
+            kinds=KINDS if self.spec.payload == "relevance" else None,
         )
         shared = self._shared_columns(visit, len(frames))
         rows = []
@@ -161,8 +160,9 @@ class CaptureReplica:
         assert frame.geometry is not None
         start = time.perf_counter()
         try:
-            if not math.isfinite(scalar):
-                raise NonFiniteTarget(f"{explained.target.name} is {scalar}")
+            if not explained.finite[b]:
+                what = "its gradient is not finite" if math.isfinite(scalar) else f"its value is {scalar}"
+                raise NonFiniteTarget(f"{explained.target.name}: {what}")
             content = build_payload(
                 self.spec.payload,
                 visit,

@@ -1,4 +1,4 @@
-"""What a capture stores per frame and target: the original `.pt` layout, and a reduced one.
+"""What a capture stores per frame and target: the original `.pt` layout, a reduced one, or relevance itself.
 
 full:    attention[block] = [{attn, grad, shape}]: probabilities and raw gradients of every head, as existing notebooks
          read them ("vision_block_i" [tiles, heads, N, N], "language_block_i" [1, heads, L, L]).
@@ -6,7 +6,9 @@ reduced: attention[block] = [{attn_mean, cam, cam_scale, shape}]: means over hea
          with dA divided by `meta.seed.grad_rms`. `cam * cam_scale` is the value: the scale, a power of two, keeps small
          numbers out of float16's subnormals.
 
-Both carry in `meta` what a map needs later: token spans, tile boxes, crop, seed weights, the gradient's RMS. Sequence
+relevance: no matrix; relevance.{language [L], patches [tiles, patches], cls [tiles]} per kind of fold.
+
+All carry in `meta` what a map needs later: token spans, tile boxes, crop, seed weights, the gradient's RMS. Sequence
 positions count from the frame's first token; padding is cut away.
 """
 
@@ -18,14 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vla_ray.attention.relevance import Kind
 from vla_ray.data.scenes import FrameRef
 from vla_ray.data.tiles import TileGeometry
+from vla_ray.explain.chain import STRENGTH
 from vla_ray.models.simlingo import Processor, SimLingoConfig
 from vla_ray.models.simlingo.config import NUM_ROUTE_QUERIES, NUM_SPEED_QUERIES
 from vla_ray.schema import PAYLOAD_SCHEMA_VERSION
 from vla_ray.stages.visit import Explained, Visit
 from vla_ray.targets import ChosenToken, Spline, target_info
 
+KINDS: tuple[Kind, ...] = ("positive", "negative", "signed")  # of a relevance payload
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -57,7 +62,7 @@ def build_payload(
     strings = processor.token_strings(text)
     token_index = explained.tokens[b]
     token = None if token_index is None else ChosenToken(token_index, text[token_index], strings[token_index])
-    seed = seed_of(visit, explained, b)
+    seed, start = explained.seeds[b], d.starts[b]
     language = processor.decode(text)
     return {
         "tag": frame.stem,
@@ -71,7 +76,14 @@ def build_payload(
             "frame_id": frame.frame_id,
             "target": explained.target.name,
             "spans": token_spans(visit, processor, b),
-            "seed": seed,
+            # Rows the scalar reads, their weights |<h, dy/dh>| and signed scores, and the RMS of dy/dh over them, by
+            # which a map is freed from the unit of the scalar.
+            "seed": {
+                "rows": list(range(explained.rows[b].start - start, explained.rows[b].stop - start)),
+                "weights": seed.weights.cpu(),
+                "scores": seed.scores.cpu(),
+                "grad_rms": seed.grad_rms,
+            },
             "degenerate": explained.is_degenerate(b),
             "prompt": visit.prompts[b].text,
             "prompt_ids": list(visit.prompts[b].ids),
@@ -89,7 +101,11 @@ def build_payload(
             "token_strings": strings,
             "decoded_text": language,
         },
-        "attention": _attention(level, visit, explained, b, seed["grad_rms"], dtype),
+        **(
+            {"relevance": _relevance(visit, explained, b)}
+            if level == "relevance"
+            else {"attention": _attention(level, visit, explained, b, seed.grad_rms, dtype)}
+        ),
     }
 
 
@@ -127,23 +143,14 @@ def token_spans(visit: Visit, processor: Processor, b: int) -> dict[str, list[in
     }
 
 
-def seed_of(visit: Visit, explained: Explained, b: int) -> dict[str, Any]:
-    """Where relevance starts: the rows the scalar reads, weighted by |<h_k, dy/dh_k>| (sums to 1).
-
-    `scores` are the signed products, `grad_rms` the RMS of dy/dh over these rows: dividing by it frees a map from the
-    unit of y. All zero for a scalar without gradient.
-    """
-    rows, start = explained.rows[b], visit.decision.starts[b]
-    hidden = visit.decision.hidden_BLH[b, rows].detach().float()
-    gradient = explained.query_gradient_BLH[b, rows].float()
-    scores = (hidden * gradient).sum(-1).cpu()
-    total = float(scores.abs().sum())
-    weights = scores.abs() / total if total > 0 else torch.zeros_like(scores)
+def _relevance(visit: Visit, explained: Explained, b: int) -> dict[str, Any]:
+    start, tiles = visit.decision.starts[b], visit.tile_slices[b]
+    language, vision = explained.relevance["language"], explained.relevance["vision"]
     return {
-        "rows": list(range(rows.start - start, rows.stop - start)),
-        "weights": weights,
-        "scores": scores,
-        "grad_rms": float(gradient.square().mean().sqrt()),
+        "strength": STRENGTH,
+        "language": {kind: _stored(r[b, start:], torch.float32, f"{kind} relevance") for kind, r in language.items()},
+        "patches": {kind: _stored(r[tiles, 1:], torch.float32, f"{kind} relevance") for kind, r in vision.items()},
+        "cls": {kind: _stored(r[tiles, 0], torch.float32, f"{kind} relevance") for kind, r in vision.items()},
     }
 
 
@@ -197,6 +204,8 @@ def estimate_bytes(level: str, config: SimLingoConfig, dtype: torch.dtype) -> in
     length = 35 + num_tiles * config.tokens_per_tile + 17 + NUM_ROUTE_QUERIES + NUM_SPEED_QUERIES
     vision_matrices = int(vision["num_hidden_layers"]) * num_tiles * tokens**2
     language_matrices = int(language["num_hidden_layers"]) * length**2
+    if level == "relevance":
+        return 4 * len(KINDS) * (length + num_tiles * tokens) + 20_000
     if level == "full":
         elements = vision_matrices * int(vision["num_attention_heads"])
         elements += language_matrices * int(language["num_attention_heads"])

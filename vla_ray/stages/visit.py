@@ -1,11 +1,13 @@
-"""One visit of a batch of frames: text, trajectory and recorded attention once, then one backward per target.
+"""One visit of a batch of frames: text, trajectory and the graph once, then one backward per target.
 
 The vision tower runs once, with gradient; generation uses its detached tokens; one grad-enabled pass over the
-finished sequence serves every target, action and text alike. Plain torch: no files, no cluster.
+finished sequence serves every target, action and text alike. What backward yields is either every attention matrix
+with its gradient, or relevance folded on the way. Plain torch: no files, no cluster.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_ray.attention import AttentionRecorder
+from vla_ray.attention import AttentionRecorder, RelevanceTape
+from vla_ray.attention.recording import IMPLEMENTATION as RECORD
+from vla_ray.attention.relevance import IMPLEMENTATION as FOLD
+from vla_ray.attention.relevance import Kind
+from vla_ray.explain.chain import STRENGTH, Seed, cross_projector, patch_groups, seed_of
 from vla_ray.models.simlingo import Processor, SimLingo
 from vla_ray.models.simlingo.model import Decision
 from vla_ray.models.simlingo.processing import Prompt, normalise
@@ -32,9 +38,11 @@ class Explained:
     Attributes:
         scalar_B: the target's value per frame; its sum was differentiated.
         slope_B: largest |d scalar / d predicted coordinate| (action) or 1 (text).
-        gradients: block -> d scalar / d probabilities, [tiles or B, heads, Q, K].
-        query_gradient_BLH: d scalar / d hidden states after the last norm.
+        gradients: block -> d scalar / d probabilities, [tiles or B, heads, Q, K]; empty when relevance is folded.
+        relevance: tower -> kind -> relevance of its tokens, language [B, L], vision [tiles, 1 + patches]; or empty.
         rows: per frame the columns of the padded sequence that the scalar reads.
+        seeds: per frame the weights of these rows.
+        finite: per frame whether value and gradient at these rows are finite.
         tokens: per frame the index of the explained generated token (text), else None.
         seconds: of the backward pass, for the whole batch.
     """
@@ -43,8 +51,10 @@ class Explained:
     scalar_B: Tensor
     slope_B: Tensor
     gradients: dict[str, Tensor]
-    query_gradient_BLH: Tensor
+    relevance: dict[str, dict[str, Tensor]]
     rows: tuple[slice, ...]
+    seeds: tuple[Seed, ...]
+    finite: tuple[bool, ...]
     tokens: tuple[int | None, ...]
     seconds: float
 
@@ -59,8 +69,11 @@ class Visit:
         prompts, texts: what was asked, and the generated token ids (EOS included where reached).
         decision: hidden states and trajectories of the final pass.
         scores: per frame the raw logits [n] of its generated tokens.
-        probabilities: block -> recorded attention, [tiles or B, heads, Q, K].
+        probabilities: block -> recorded attention, [tiles or B, heads, Q, K]; empty when relevance is folded.
         generate_s, forward_s: seconds for the whole batch.
+
+    Args:
+        kinds: fold relevance of these kinds; None records every attention matrix instead.
     """
 
     def __init__(
@@ -70,32 +83,39 @@ class Visit:
         tiles: Sequence[np.ndarray],
         prompts: Sequence[Prompt],
         max_new_tokens: int = 100,
+        kinds: Sequence[Kind] | None = None,
     ) -> None:
         self.model, self.prompts = model, tuple(prompts)
         counts = [len(t) for t in tiles]
         self.tile_slices = [slice(sum(counts[:b]), sum(counts[: b + 1])) for b in range(len(counts))]
         batch = processor.batch(prompts, counts, model.device)
-        self._recorder = AttentionRecorder({"vision": model.vision, "language": model.language})
+        self._image_B = batch.ids_BP == processor.image_token_id
+        towers = {"vision": model.vision, "language": model.language}
+        self._recorder = AttentionRecorder(towers) if kinds is None else None
+        self._tape = None if kinds is None else RelevanceTape(towers, kinds)
+        watch = self._recorder or self._tape
+        assert watch is not None
+        model.set_attention(RECORD if kinds is None else FOLD)
         start = self._now()
-        with torch.enable_grad(), self._recorder:
-            tokens_TNH = model.encode_tiles(normalise(np.concatenate(tiles), model.device), graph_from_patches=True)
+        with torch.enable_grad(), watch:
+            # The graph starts here: below the patch embeddings there is no attention, and weights have no gradient.
+            self._leaf = model.embed_patches(normalise(np.concatenate(tiles), model.device)).detach().requires_grad_()
+            tokens_TNH = model.encode_patches(self._leaf)
         vision_done = self._now()
         with torch.no_grad():
             embeds = model.embed_prompt(batch, tokens_TNH.detach(), processor.image_token_id)
             self.texts = model.generate(embeds, batch.mask_BP, processor.eos_id, max_new_tokens)
         generated = self._now()
-        with torch.enable_grad(), self._recorder:
+        with torch.enable_grad(), watch:
             embeds = model.embed_prompt(batch, tokens_TNH, processor.image_token_id)
             self.decision: Decision = model.decide(embeds, batch.mask_BP, self.texts)
             self.scores = [self._token_scores(b) for b in range(len(self.texts))]
-        self.probabilities = self._recorder.probabilities
+        self.probabilities = {} if self._recorder is None else self._recorder.probabilities
         self.generate_s = generated - vision_done
         self.forward_s = (vision_done - start) + (self._now() - generated)
 
     def _now(self) -> float:
-        if (
-            self.model.device.type == "cuda"
-        ):  # work is queued there: without this, time would be charged to the next stage
+        if self.model.device.type == "cuda":  # work is queued there, and would be charged to the next stage
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -129,19 +149,50 @@ class Visit:
                 rows = tuple(slice(f + i, f + i + 1) for f, i in zip(first, chosen, strict=True))
                 tokens = tuple(chosen)
             total = torch.where(torch.isfinite(values), values, torch.zeros_like(values)).sum()
-            extra = [d.hidden_BLH] if trajectory is None else [d.hidden_BLH, trajectory]
-            gradients, rest = self._recorder.gradients(total, extra, keep_graph)
-        if trajectory is None:
-            slope = torch.ones(len(values))
-        else:
-            slope = rest[1].abs().flatten(1).amax(1).cpu()
-        return Explained(
-            target,
-            values.detach().cpu(),
-            slope,
-            gradients,
-            rest[0],
-            rows,
-            tokens,
-            self._now() - start,
+            inputs = [d.hidden_BLH] if trajectory is None else [d.hidden_BLH, trajectory]
+            gradients: dict[str, Tensor] = {}
+            if self._recorder is not None:
+                gradients, outer = self._recorder.gradients(total, inputs, keep_graph)
+            else:
+                outer = list(torch.autograd.grad(total, inputs, retain_graph=True))
+            hidden_gradient = outer[0]
+            seeds = tuple(seed_of(d.hidden_BLH[b, r], hidden_gradient[b, r]) for b, r in enumerate(rows))
+            relevance = {} if self._tape is None else self._fold(hidden_gradient, rows, seeds, keep_graph)
+        slope = torch.ones(len(values)) if trajectory is None else outer[1].abs().flatten(1).amax(1).cpu()
+        finite = tuple(
+            bool(torch.isfinite(v)) and math.isfinite(seed.grad_rms) for v, seed in zip(values, seeds, strict=True)
         )
+        seconds = self._now() - start
+        return Explained(
+            target, values.detach().cpu(), slope, gradients, relevance, rows, seeds, finite, tokens, seconds
+        )
+
+    def _fold(
+        self, gradient_BLH: Tensor, rows: Sequence[slice], seeds: Sequence[Seed], keep_graph: bool
+    ) -> dict[str, dict[str, Tensor]]:
+        """Run the unit gradient of every frame down to the patches, folding relevance on the way."""
+        assert self._tape is not None
+        d, tape = self.decision, self._tape
+        unit = torch.zeros_like(gradient_BLH)
+        weights = torch.zeros(gradient_BLH.shape[:2], device=unit.device)
+        for b, (r, seed) in enumerate(zip(rows, seeds, strict=True)):
+            if 0 < seed.grad_rms < math.inf:  # nothing flows for a frame without a usable gradient
+                unit[b, r] = gradient_BLH[b, r] * (STRENGTH / seed.grad_rms)
+                weights[b, r] = seed.weights
+        tape.start(language=weights, vision=self._vision_seeds)
+        torch.autograd.grad(d.hidden_BLH, self._leaf, grad_outputs=unit, retain_graph=keep_graph)
+        return {tower: tape.rows(tower) for tower in ("language", "vision")}
+
+    def _vision_seeds(self) -> dict[str, Tensor]:
+        assert self._tape is not None
+        config, d = self.model.config, self.decision
+        groups = patch_groups(config.patch_grid, round(1 / config.downsample_ratio))
+        # Image tokens lie in the prompt; the final pass has shifted it by its own padding.
+        starts = [s - (self._image_B.shape[1] - p) for s, p in zip(d.starts, d.prompt_lengths, strict=True)]
+        columns = [torch.nonzero(image).squeeze(1) + s for image, s in zip(self._image_B, starts, strict=True)]
+        return {
+            kind: cross_projector(
+                torch.cat([row[c] for row, c in zip(rows, columns, strict=True)]).view(-1, len(groups)), groups
+            )
+            for kind, rows in self._tape.rows("language").items()
+        }

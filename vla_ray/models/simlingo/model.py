@@ -124,17 +124,17 @@ class SimLingo(nn.Module):
         self.vision.set_attn_implementation(name)
         self.language.set_attn_implementation(name)
 
-    def encode_tiles(self, pixels_T3SS: Tensor, graph_from_patches: bool = False) -> Tensor:
-        """Image tokens [T, N, H] of normalised tiles.
+    def encode_tiles(self, pixels_T3SS: Tensor) -> Tensor:
+        """Image tokens [T, N, H] of normalised tiles."""
+        return self.encode_patches(self.embed_patches(pixels_T3SS))
 
-        Args:
-            graph_from_patches: start the autograd graph at the patch embeddings, which is all that attention
-                gradients need while no weight requires grad.
-        """
-        x = self.vision.embeddings(pixels_T3SS.to(self.compute_dtype))
-        if graph_from_patches:
-            x = x.detach().requires_grad_()
-        x = self.vision.layernorm(self.vision.encoder(x).last_hidden_state)
+    def embed_patches(self, pixels_T3SS: Tensor) -> Tensor:
+        """CLS and patch embeddings [T, 1 + patches, C]: where a graph for attention gradients may start."""
+        return self.vision.embeddings(pixels_T3SS.to(self.compute_dtype))
+
+    def encode_patches(self, embeddings_TNC: Tensor) -> Tensor:
+        """Image tokens [T, N, H] of embedded patches."""
+        x = self.vision.layernorm(self.vision.encoder(embeddings_TNC).last_hidden_state)
         grid = self.config.patch_grid
         x = pixel_shuffle(x[:, 1:].unflatten(1, (grid, grid)), round(1 / self.config.downsample_ratio))
         return self.projector(x.flatten(1, 2))

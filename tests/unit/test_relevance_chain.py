@@ -1,0 +1,130 @@
+"""The chain from scalar to patches: folded online, it equals the matrices of a full payload, for every frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vla_ray.data.tiles import TileGeometry
+from vla_ray.explain.chain import STRENGTH, cross_projector, patch_groups, seed_of
+from vla_ray.models.simlingo import load_model, load_processor
+from vla_ray.models.simlingo.config import read_config
+from vla_ray.stages.payloads import KINDS, build_payload
+from vla_ray.stages.visit import Visit
+from vla_ray.stages.work import FrameRef
+from vla_ray.targets import Spline, parse_targets
+
+TARGETS = (
+    *parse_targets("action", ["curv_energy", "longitudinal_progress"]),
+    *parse_targets("text", text_token_strategy=["max"]),
+)
+
+
+@pytest.fixture(scope="module")
+def driver(repo: Any) -> Any:
+    root = repo / "checkpoints/simlingo-tiny"
+    config = read_config(root / ".hydra/config.yaml")
+    processor = load_processor(config)
+    model = load_model(config, root / "checkpoints/epoch=013.ckpt/pytorch_model.pt", processor.placeholder_id)
+    frames = []
+    for scene, points in (("red_light", None), ("lead_car", ((10.0, 0.0), (25.0, 0.5)))):
+        rgb = np.asarray(Image.open(repo / f"datasets/demo_drive/{scene}/images/frame_0003.png").convert("RGB"))
+        rgb = rgb[:, :150] if scene == "lead_car" else rgb  # one tile, so that batches are ragged
+        tiles, geometry = processor.tiler(rgb)
+        prompt = processor.prompt(len(tiles), 5.0, points)
+        frames.append((tiles, geometry, prompt))
+    return model, processor, frames
+
+
+def visit(driver: Any, *which: int, kinds: Any = None) -> Visit:
+    model, processor, frames = driver
+    return Visit(model, processor, [frames[i][0] for i in which], [frames[i][2] for i in which], kinds=kinds)
+
+
+def payload(driver: Any, v: Visit, target: Any, b: int, frame: int, level: str) -> dict[str, Any]:
+    geometry: TileGeometry = driver[2][frame][1]
+    explained = v.explain(target, Spline(), keep_graph=True)
+    ref = FrameRef("s/f", "s", "f", "/f.png", 5.0)
+    return build_payload(level, v, explained, b, ref, geometry, driver[1], Spline(), torch.float32)
+
+
+def from_matrices(content: dict[str, Any], kind: str, config: Any) -> tuple[Tensor, Tensor]:
+    """Language row [L] and patches [tiles, patches] by full products, from a full payload alone."""
+    seed, spans = content["meta"]["seed"], content["meta"]["spans"]
+    scale = STRENGTH / seed["grad_rms"]
+
+    def chain(tower: str, rows: Tensor) -> Tensor:
+        blocks = [e[0] for name, e in content["attention"].items() if name.startswith(tower)]
+        total = torch.eye(blocks[0]["shape"][-1]).expand(blocks[0]["shape"][0], -1, -1)
+        for entry in blocks:
+            a = entry["attn"] * entry["grad"] * scale
+            a = {"positive": a.clamp_min(0), "negative": (-a).clamp_min(0), "signed": a}[kind].mean(1)
+            total = total + a @ total
+        return torch.einsum("bi,bij->bj", rows, total)
+
+    rows = torch.zeros(1, spans["speed_queries"][1])
+    rows[0, seed["rows"]] = seed["weights"]
+    language = chain("language", rows)[0]
+    first, last = spans["image"]
+    groups = patch_groups(config.patch_grid, 2)
+    vision = chain("vision", cross_projector(language[first:last].view(-1, len(groups)), groups))
+    return language, vision[:, 1:]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
+def test_online_equals_the_matrices_of_a_full_payload(driver: Any, target: Any) -> None:
+    recorded, folded = visit(driver, 0, 1), visit(driver, 0, 1, kinds=KINDS)
+    for b in (0, 1):
+        full = payload(driver, recorded, target, b, b, "full")
+        online = payload(driver, folded, target, b, b, "relevance")["relevance"]
+        for kind in KINDS:
+            language, patches = from_matrices(full, kind, driver[1].config)
+            for ours, expected in ((online["language"][kind], language), (online["patches"][kind], patches)):
+                assert ours.shape == expected.shape
+                assert float((ours - expected).abs().max() / expected.abs().max()) < 1e-4, (b, kind)
+
+
+def test_batched_equals_single(driver: Any) -> None:
+    together = visit(driver, 0, 1, kinds=KINDS)
+    for b in (0, 1):
+        alone = visit(driver, b, kinds=KINDS)
+        for target in TARGETS:
+            many = payload(driver, together, target, b, b, "relevance")["relevance"]
+            one = payload(driver, alone, target, 0, b, "relevance")["relevance"]
+            for kind in KINDS:
+                error = (many["patches"][kind] - one["patches"][kind]).abs().max() / one["patches"][kind].abs().max()
+                assert float(error) < 1e-4, (b, target.name, kind)
+
+
+def test_a_payload_is_small_and_holds_no_matrix(driver: Any, tmp_path: Any) -> None:
+    from vla_ray.storage import payload as payload_file
+    from vla_ray.storage.files import Location
+
+    content = payload(driver, visit(driver, 0, kinds=KINDS), TARGETS[0], 0, 0, "relevance")
+    assert "attention" not in content
+    assert payload_file.save(Location.of(tmp_path / "a.pt"), content) < 100_000
+
+
+def test_a_map_does_not_depend_on_the_unit_of_the_scalar() -> None:
+    hidden, gradient = torch.randn(5, 8), torch.randn(5, 8)
+    one, thousand = seed_of(hidden, gradient), seed_of(hidden, 1000 * gradient)
+    assert torch.allclose(one.weights, thousand.weights, atol=1e-6)
+    assert float(one.weights.sum()) == pytest.approx(1)
+    assert thousand.grad_rms == pytest.approx(1000 * one.grad_rms, rel=1e-5)
+    nothing = seed_of(hidden, torch.zeros(5, 8))
+    assert float(nothing.weights.abs().sum()) == nothing.grad_rms == 0
+
+
+def test_crossing_the_projector_keeps_mass_and_place() -> None:
+    groups = patch_groups(4, 2)
+    assert groups.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    seed = cross_projector(torch.tensor([[1.0, 0.0, 0.0, 2.0], [0.0, 4.0, 0.0, 0.0]]), groups)
+    assert seed.shape == (2, 17)
+    assert seed.sum(1).tolist() == [3, 4]
+    assert seed[0, 0] == 0, "the CLS token is dropped by the projector"
+    assert seed[1, 1:].nonzero().squeeze(1).tolist() == [2, 3, 6, 7]
