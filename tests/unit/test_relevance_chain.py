@@ -1,4 +1,4 @@
-"""The chain from scalar to patches: folded online, it equals the matrices of a full payload, for every frame."""
+"""The chain from scalar to patches: folded online, it equals the matrices of full and reduced payloads, frame by frame."""
 
 from __future__ import annotations
 
@@ -54,17 +54,20 @@ def payload(driver: Any, v: Visit, target: Any, b: int, frame: int, level: str) 
 
 
 def from_matrices(content: dict[str, Any], kind: str, config: Any) -> tuple[Tensor, Tensor]:
-    """Language row [L] and patches [tiles, patches] by full products, from a full payload alone."""
+    """Language row [L] and patches [tiles, patches] by full products, from a full or reduced payload alone."""
     seed, spans = content["meta"]["seed"], content["meta"]["spans"]
-    scale = STRENGTH / seed["grad_rms"]
+
+    def reduced_heads(entry: dict[str, Any]) -> Tensor:
+        if "cam" in entry:  # already divided by the gradient's RMS
+            return entry["cam"].float() * entry["cam_scale"] * STRENGTH
+        a = entry["attn"] * entry["grad"] * (STRENGTH / seed["grad_rms"])
+        return {"positive": a.clamp_min(0), "negative": (-a).clamp_min(0), "signed": a}[kind].mean(1)
 
     def chain(tower: str, rows: Tensor) -> Tensor:
         blocks = [e[0] for name, e in content["attention"].items() if name.startswith(tower)]
         total = torch.eye(blocks[0]["shape"][-1]).expand(blocks[0]["shape"][0], -1, -1)
         for entry in blocks:
-            a = entry["attn"] * entry["grad"] * scale
-            a = {"positive": a.clamp_min(0), "negative": (-a).clamp_min(0), "signed": a}[kind].mean(1)
-            total = total + a @ total
+            total = total + reduced_heads(entry) @ total
         return torch.einsum("bi,bij->bj", rows, total)
 
     rows = torch.zeros(1, spans["speed_queries"][1])
@@ -77,7 +80,7 @@ def from_matrices(content: dict[str, Any], kind: str, config: Any) -> tuple[Tens
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
-def test_online_equals_the_matrices_of_a_full_payload(driver: Any, target: Any) -> None:
+def test_online_equals_the_matrices_of_stored_payloads(driver: Any, target: Any) -> None:
     recorded, folded = visit(driver, 0, 1), visit(driver, 0, 1, kinds=KINDS)
     for b in (0, 1):
         full = payload(driver, recorded, target, b, b, "full")
@@ -87,6 +90,10 @@ def test_online_equals_the_matrices_of_a_full_payload(driver: Any, target: Any) 
             for ours, expected in ((online["language"][kind], language), (online["patches"][kind], patches)):
                 assert ours.shape == expected.shape
                 assert float((ours - expected).abs().max() / expected.abs().max()) < 1e-4, (b, kind)
+        reduced = payload(driver, recorded, target, b, b, "reduced")
+        _, patches = from_matrices(reduced, "positive", driver[1].config)
+        ours = online["patches"]["positive"]
+        assert float((ours - patches).abs().max() / patches.abs().max()) < 1e-3, b
 
 
 def test_batched_equals_single(driver: Any) -> None:

@@ -122,7 +122,8 @@ def _payload(content: dict[str, Any], name: str) -> Iterator[str]:
         language = content["relevance"]["language"][kind]
         first, last = meta["spans"]["image"]
         share = float(language[first:last].abs().sum() / language.abs().sum())
-        yield f"  relevance  {kind}: language {_shape(language)}, patches {_shape(patches)}, {share:.0%} on image tokens"
+        shapes = f"language {_shape(language)}, patches {_shape(patches)}"
+        yield f"  relevance  {kind}: {shapes}, {share:.0%} on image tokens"
     blocks = content.get("attention", {})
     if blocks:
         yield f"  attention  {len(blocks)} blocks"
