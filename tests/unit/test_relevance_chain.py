@@ -1,4 +1,4 @@
-"""The chain from scalar to patches: folded online, it equals the matrices of full and reduced payloads, frame by frame."""
+"""The chain from scalar to patches: folded online, it equals the matrices of stored payloads, frame by frame."""
 
 from __future__ import annotations
 
