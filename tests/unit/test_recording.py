@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2Model
 
-from vla_ray.attention import AttentionRecorder
-from vla_ray.attention.recording import IMPLEMENTATION, record_attention
+from vla_ray.attention import IMPLEMENTATION, AttentionRecorder, RelevanceTape
+from vla_ray.attention.watch import attention
 
 
 @pytest.fixture
@@ -83,5 +83,8 @@ def test_misuse_is_refused(model: Qwen2Model) -> None:
             run(model, x, mask, IMPLEMENTATION)
         with pytest.raises(RuntimeError, match="another AttentionRecorder"), AttentionRecorder({"language": model}):
             pass
+        with pytest.raises(RuntimeError, match="another AttentionRecorder"), RelevanceTape({"language": model}):
+            pass
     q = torch.randn(1, 2, 3, 4)
-    assert record_attention(model.layers[0].self_attn, q, q, q, None)[1] is None, "closed: plain SDPA, nothing kept"
+    plain = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert torch.equal(attention(model.layers[0].self_attn, q, q, q, None)[0], plain.transpose(1, 2)), "closed: SDPA"

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import InternVLVisionConfig, InternVLVisionModel, Qwen2Config, Qwen2Model
 
-from vla_ray.attention import AttentionRecorder
-from vla_ray.attention.recording import IMPLEMENTATION as RECORD
-from vla_ray.attention.relevance import IMPLEMENTATION, KINDS, AttentionCall, RelevanceTape, fold
+from vla_ray.attention import IMPLEMENTATION, AttentionRecorder
+from vla_ray.attention.relevance import KINDS, AttentionCall, RelevanceTape, fold
 
 
 def reduce_heads(kind: str, p: Tensor, dp: Tensor) -> Tensor:
@@ -84,7 +83,6 @@ def both(model: nn.Module, x: Tensor, mask: Tensor | None, seed: Tensor) -> tupl
         y = scalar(hidden(model, leaf, mask))
     tape.start(tower=seed)
     torch.autograd.grad(y, leaf)
-    model.set_attn_implementation(RECORD)
     with AttentionRecorder({"tower": model}) as recorder:
         y = scalar(hidden(model, x.clone().requires_grad_(), mask))
     gradients, _ = recorder.gradients(y)

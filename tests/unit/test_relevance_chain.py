@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vla_ray.attention import IMPLEMENTATION
 from vla_ray.data.tiles import TileGeometry
 from vla_ray.explain.chain import STRENGTH, cross_projector, patch_groups, seed_of
 from vla_ray.models.simlingo import load_model, load_processor
@@ -31,6 +32,7 @@ def driver(repo: Any) -> Any:
     config = read_config(root / ".hydra/config.yaml")
     processor = load_processor(config)
     model = load_model(config, root / "checkpoints/epoch=013.ckpt/pytorch_model.pt", processor.placeholder_id)
+    model.set_attention(IMPLEMENTATION)
     frames = []
     for scene, points in (("red_light", None), ("lead_car", ((10.0, 0.0), (25.0, 0.5)))):
         rgb = np.asarray(Image.open(repo / f"datasets/demo_drive/{scene}/images/frame_0003.png").convert("RGB"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vla_ray.attention.recording import IMPLEMENTATION
+from vla_ray.attention import IMPLEMENTATION
 from vla_ray.models.simlingo import load_model, load_processor
 from vla_ray.models.simlingo.config import read_config
 from vla_ray.models.simlingo.model import SimLingo

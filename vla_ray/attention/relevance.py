@@ -8,26 +8,18 @@ A_l = mean over heads of relu(P * dy/dP), [N, N]. Only one row of it, w^T R, is 
 the order in which backward reaches the layers. So every attention call hooks the gradient dO of its output, recomputes
 P and dP = dO V^T for a block of rows at a time, and folds them into r. Rows of different samples never mix: a batch
 gives each of them its own r. Memory is that of plain SDPA plus one block.
-
-Register it with `set_attn_implementation(IMPLEMENTATION)`; while no tape is open it is plain SDPA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from vla_ray.attention.recording import attention_modules
+from vla_ray.attention.watch import Watcher, attention_modules, sdpa
 
-IMPLEMENTATION = "vla_ray_relevance"
 BLOCK_ROWS = 128
 
 # positive, negative: what raises, what lowers the scalar; signed: both, cancelling; attention: rollout, no gradient.
@@ -35,10 +27,8 @@ Kind = Literal["positive", "negative", "signed", "attention"]
 KINDS: tuple[Kind, ...] = ("positive", "negative", "signed", "attention")
 Seed = Tensor | Callable[[], Mapping[str, Tensor]]
 
-_open: RelevanceTape | None = None  # one per process: a replica runs one batch at a time
 
-
-class RelevanceTape(AbstractContextManager["RelevanceTape"]):
+class RelevanceTape(Watcher):
     """Folds relevance for the attention modules of the given towers.
 
     Open it around the forward pass; then, for every target, `start` it and run backward from the towers' output.
@@ -62,19 +52,6 @@ class RelevanceTape(AbstractContextManager["RelevanceTape"]):
         self._rows: dict[str, dict[str, Tensor]] = {}
         self._last: dict[str, int] = {}
 
-    def __enter__(self) -> RelevanceTape:
-        global _open
-        if _open is not None:
-            raise RuntimeError("another RelevanceTape is open in this process")
-        _open = self
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        global _open
-        _open = None
-
     def start(self, **seeds: Seed) -> None:
         """Begin the relevance of one target.
 
@@ -88,11 +65,23 @@ class RelevanceTape(AbstractContextManager["RelevanceTape"]):
         """kind -> w^T R, [B, N] float32 (float64 for a float64 model): the relevance of each token of the tower."""
         return self._rows[tower]
 
-    def watch(self, module: nn.Module, call: AttentionCall, output_BHND: Tensor) -> None:
-        """Fold this call when the gradient of its output is known."""
+    def attend(
+        self,
+        module: nn.Module,
+        query_BHQD: Tensor,
+        key_BHKD: Tensor,
+        value_BHKD: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        causal: bool,
+    ) -> Tensor:
+        """SDPA, whose output is hooked: the call is folded when the gradient of its output is known."""
+        output_BHND = sdpa(module, query_BHQD, key_BHKD, value_BHKD, mask, scaling, causal).transpose(1, 2)
         place = self._places.get(id(module))
         if place is not None and output_BHND.requires_grad:
+            call = AttentionCall(query_BHQD, key_BHKD, value_BHKD, mask, causal, scaling)
             output_BHND.register_hook(lambda gradient: self._fold(*place, call, gradient))
+        return output_BHND.transpose(1, 2)
 
     def _fold(self, tower: str, layer: int, call: AttentionCall, gradient_BHND: Tensor) -> None:
         if tower not in self._seeds:
@@ -174,31 +163,3 @@ def _weights(kind: str, p: Tensor, gradient: Tensor) -> Tensor:
             return p * gradient
         case _:
             return p
-
-
-def relevance_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """SDPA by transformers' calling convention; an open tape watches its output."""
-    output_BNHD, _ = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
-    if _open is not None:
-        causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", False)))
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        call = AttentionCall(query, key, value, attention_mask, causal and attention_mask is None, scale)
-        output_BHND = output_BNHD.transpose(1, 2)
-        _open.watch(module, call, output_BHND)
-        return output_BHND.transpose(1, 2), None
-    return output_BNHD, None
-
-
-AttentionInterface.register(IMPLEMENTATION, relevance_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # without it padded batches would arrive without a mask

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vla_ray.attention import IMPLEMENTATION
 from vla_ray.models.simlingo import SimLingoConfig, load_model, load_processor
 from vla_ray.schema import DEGENERATE, FAILED, KINEMATIC_COLUMNS, OK
 from vla_ray.stages.payloads import DTYPES, KINDS, NonFiniteTarget, build_payload
@@ -67,6 +68,7 @@ class CaptureReplica:
         self.model = load_model(
             spec.model, spec.checkpoint, self.processor.placeholder_id, spec.device, DTYPES[spec.dtype]
         )
+        self.model.set_attention(IMPLEMENTATION)
 
     def process(self, frames: Sequence[Loaded], targets: Sequence[str]) -> list[Row]:
         """Rows of all frames and targets. A batch too large for the GPU's memory is halved, for good, until it fits."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vla_ray.attention.relevance import Kind
+from vla_ray.attention import Kind
 from vla_ray.data.scenes import FrameRef
 from vla_ray.data.tiles import TileGeometry
 from vla_ray.explain.chain import STRENGTH

@@ -16,10 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_ray.attention import AttentionRecorder, RelevanceTape
-from vla_ray.attention.recording import IMPLEMENTATION as RECORD
-from vla_ray.attention.relevance import IMPLEMENTATION as FOLD
-from vla_ray.attention.relevance import Kind
+from vla_ray.attention import AttentionRecorder, Kind, RelevanceTape
 from vla_ray.explain.chain import STRENGTH, Seed, cross_projector, patch_groups, seed_of
 from vla_ray.models.simlingo import Processor, SimLingo
 from vla_ray.models.simlingo.model import Decision
@@ -73,6 +70,7 @@ class Visit:
         generate_s, forward_s: seconds for the whole batch.
 
     Args:
+        model: with the attention implementation of vla_ray.attention.
         kinds: fold relevance of these kinds; None records every attention matrix instead.
     """
 
@@ -95,7 +93,6 @@ class Visit:
         self._tape = None if kinds is None else RelevanceTape(towers, kinds)
         watch = self._recorder or self._tape
         assert watch is not None
-        model.set_attention(RECORD if kinds is None else FOLD)
         start = self._now()
         with torch.enable_grad(), watch:
             # The graph starts here: below the patch embeddings there is no attention, and weights have no gradient.
