@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import InternVLVisionConfig, InternVLVisionModel, Qwen2Config, Qwen2Model
 
 from vla_ray.attention import IMPLEMENTATION, AttentionRecorder
-from vla_ray.attention.relevance import KINDS, AttentionCall, RelevanceTape, fold
+from vla_ray.attention.relevance import KINDS, RelevanceTape, fold
+from vla_ray.attention.watch import AttentionCall
 
 
 def reduce_heads(kind: str, p: Tensor, dp: Tensor) -> Tensor:

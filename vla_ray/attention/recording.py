@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from vla_ray.attention.watch import Watcher, attention_modules
+from vla_ray.attention.watch import AttentionCall, Watcher, attention_modules
 
 
 class AttentionRecorder(Watcher):
@@ -30,24 +30,15 @@ class AttentionRecorder(Watcher):
             for i, module in enumerate(attention_modules(model))
         }
 
-    def attend(
-        self,
-        module: nn.Module,
-        query_BHQD: Tensor,
-        key_BHKD: Tensor,
-        value_BHKD: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        causal: bool,
-    ) -> Tensor:
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         """Attention in the open: softmax(q k^T) as a tensor of the graph.
 
         Rows that may attend nowhere (left padding) get zero probabilities, as SDPA gives them.
         """
-        groups = query_BHQD.shape[1] // key_BHKD.shape[1]
-        key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key_BHKD, value_BHKD))
-        scores = (query_BHQD @ key.transpose(-1, -2)) * scaling
-        if causal:
+        groups = call.query.shape[1] // call.key.shape[1]
+        key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (call.key, call.value))
+        scores, mask = (call.query @ key.transpose(-1, -2)) * call.scale, call.mask
+        if call.causal:
             queries, keys = scores.shape[-2:]
             mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
         if mask is not None:

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vla_ray.attention.watch import Watcher, attention_modules, sdpa
+from vla_ray.attention.watch import AttentionCall, Watcher, attention_modules, sdpa
 
 BLOCK_ROWS = 128
 
@@ -65,22 +65,16 @@ class RelevanceTape(Watcher):
         """kind -> w^T R, [B, N] float32 (float64 for a float64 model): the relevance of each token of the tower."""
         return self._rows[tower]
 
-    def attend(
-        self,
-        module: nn.Module,
-        query_BHQD: Tensor,
-        key_BHKD: Tensor,
-        value_BHKD: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        causal: bool,
-    ) -> Tensor:
-        """SDPA, whose output is hooked: the call is folded when the gradient of its output is known."""
-        output_BHND = sdpa(module, query_BHQD, key_BHKD, value_BHKD, mask, scaling, causal).transpose(1, 2)
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        """SDPA, whose output is hooked: the call is folded when the gradient of its output is known.
+
+        The hook keeps alive only what SDPA's own backward keeps anyway.
+        """
+        output_BHND = sdpa(module, call).transpose(1, 2)
         place = self._places.get(id(module))
         if place is not None and output_BHND.requires_grad:
-            call = AttentionCall(query_BHQD, key_BHKD, value_BHKD, mask, causal, scaling)
-            output_BHND.register_hook(lambda gradient: self._fold(*place, call, gradient))
+            inputs = call.detached()
+            output_BHND.register_hook(lambda gradient: self._fold(*place, inputs, gradient))
         return output_BHND.transpose(1, 2)
 
     def _fold(self, tower: str, layer: int, call: AttentionCall, gradient_BHND: Tensor) -> None:
@@ -99,19 +93,6 @@ class RelevanceTape(Watcher):
         for kind, old in rows.items():
             # Rows of P sum to one, so rollout averages with the identity and keeps its mass.
             rows[kind] = 0.5 * (old + added[kind]) if kind == "attention" else old + added[kind]
-
-
-class AttentionCall:
-    """What one attention call was given; holds only what SDPA's own backward keeps alive anyway."""
-
-    __slots__ = ("causal", "key", "mask", "query", "scale", "value")
-
-    def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
-    ) -> None:
-        """Args: query [B,H,N,D]; key, value [B,Hk,N,D], Hk divides H; mask boolean [B,1,N,N], True = may attend."""
-        self.query, self.key, self.value = query.detach(), key.detach(), value.detach()
-        self.mask, self.causal, self.scale = mask, causal, scale
 
 
 @torch.no_grad()

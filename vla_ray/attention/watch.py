@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +20,30 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 IMPLEMENTATION = "vla_ray"
 
 _open: Watcher | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What one attention call is given.
+
+    Attributes:
+        query: [B, H, Q, D].
+        key, value: [B, Hk, K, D], where Hk divides H.
+        mask: boolean [B, 1, Q, K], True where a query may attend.
+        causal: without a mask, whether a query may attend to no later key.
+        scale: of the scores.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+
+    def detached(self) -> AttentionCall:
+        """The same numbers outside the graph."""
+        return replace(self, query=self.query.detach(), key=self.key.detach(), value=self.value.detach())
 
 
 class Watcher(AbstractContextManager["Watcher"]):
@@ -41,22 +66,8 @@ class Watcher(AbstractContextManager["Watcher"]):
         _open = None
 
     @abstractmethod
-    def attend(
-        self,
-        module: nn.Module,
-        query_BHQD: Tensor,
-        key_BHKD: Tensor,
-        value_BHKD: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        causal: bool,
-    ) -> Tensor:
-        """The output [B, Q, H, D] of one call; keys and values may have fewer heads than queries.
-
-        Args:
-            mask: boolean [B, 1, Q, K], True where a query may attend.
-            causal: without a mask, whether a query may attend to no later key.
-        """
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        """The output [B, Q, H, D] of one call."""
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -68,11 +79,11 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, causal: bool
-) -> Tensor:
+def sdpa(module: nn.Module, call: AttentionCall) -> Tensor:
     """What transformers' own SDPA gives, [B, Q, H, D]."""
-    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=causal)[0]
+    return sdpa_attention_forward(
+        module, call.query, call.key, call.value, call.mask, scaling=call.scale, is_causal=call.causal
+    )[0]
 
 
 def attention(
@@ -93,7 +104,7 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", False)))
     causal = causal and attention_mask is None and query.shape[2] > 1
-    return _open.attend(module, query, key, value, attention_mask, scale, causal), None
+    return _open.attend(module, AttentionCall(query, key, value, attention_mask, causal, scale)), None
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)
