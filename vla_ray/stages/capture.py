@@ -163,8 +163,10 @@ class CaptureReplica:
         start = time.perf_counter()
         try:
             if not explained.finite[b]:
-                what = "its gradient is not finite" if math.isfinite(scalar) else f"its value is {scalar}"
-                raise NonFiniteTarget(f"{explained.target.name}: {what}")
+                name = explained.target.name
+                raise NonFiniteTarget(
+                    f"the gradient of {name} is not finite" if math.isfinite(scalar) else f"{name} is {scalar}"
+                )
             content = build_payload(
                 self.spec.payload,
                 visit,
