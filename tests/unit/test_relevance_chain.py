@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -137,3 +139,18 @@ def test_crossing_the_projector_keeps_mass_and_place() -> None:
     assert seed.sum(1).tolist() == [3, 4]
     assert seed[0, 0] == 0, "the CLS token is dropped by the projector"
     assert seed[1, 1:].nonzero().squeeze(1).tolist() == [2, 3, 6, 7]
+
+
+def test_a_visit_is_freed_at_once(driver: Any) -> None:
+    """Its graph is gigabytes on a real model; waiting for the garbage collector would be running out of memory."""
+    gc.disable()
+    try:
+        for kinds in (None, KINDS):
+            v = visit(driver, 0, kinds=kinds)
+            for target in TARGETS:
+                v.explain(target, Spline(), keep_graph=True)
+            alive = weakref.ref(v)
+            del v
+            assert alive() is None, kinds
+    finally:
+        gc.enable()

@@ -178,7 +178,9 @@ class Visit:
                 weights[b, r] = seed.weights
         tape.start(language=weights, vision=self._vision_seeds)
         torch.autograd.grad(d.hidden_BLH, self._leaf, grad_outputs=unit, retain_graph=keep_graph)
-        return {tower: tape.rows(tower) for tower in ("language", "vision")}
+        relevance = {tower: tape.rows(tower) for tower in ("language", "vision")}
+        tape.start()  # lets go of _vision_seeds: a cycle would keep this visit's whole graph until the next collection
+        return relevance
 
     def _vision_seeds(self) -> dict[str, Tensor]:
         assert self._tape is not None
