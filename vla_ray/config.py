@@ -91,25 +91,11 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
-class CaptureConfig:
-    """Frames in, attention and gradients of explained actions out."""
+class RunConfig:
+    """What every run over frames has: where results go, with which model, on how much of the cluster."""
 
-    scene_dir: Any = _knob("", "a scene, a root of scenes, a list of these, or a glob; local or s3://")
     output_dir: str = _knob("", "where runs are kept; local or s3://")
-    run: str | None = _knob(None, "name; an existing one is resumed; null: capture_<YYMMDD_HHMMSS>")
-    explain_mode: str = _knob("action", "action | text")
-    kinematic_metric: Any = _knob("curv_energy", "one or a list: what is explained of the predicted trajectory")
-    text_token_strategy: Any = _knob("max", "max | last | index: which generated token is explained")
-    text_token_index: int = _knob(0, "for text_token_strategy=index")
-    payload: str = _knob(
-        "reduced", "full (attention and gradient of every head) | reduced (means over heads) | relevance"
-    )
-    payload_dtype: str = _knob("auto", "of a full payload: auto (the model's) | float32 | float16 | bfloat16")
-    image_subdir: str | None = _knob(None, "where a scene keeps its frames, if not directly, in images/ or in frames/")
-    speed_subdir: str | None = _knob(None, "where a scene keeps <stem>.txt with the speed in m/s")
-    default_speed_mps: float = _knob(0.0, "for frames without a recorded speed")
-    limit: int | None = _knob(None, "use only the first N frames")
-    every: int = _knob(1, "use every N-th frame of each scene")
+    run: str | None = _knob(None, "name; an existing one is resumed; null: <job>_<YYMMDD_HHMMSS>")
     max_error_rate: float = _knob(0.05, "a run with a larger share of failed frames exits with 1")
     retry_failed: bool = _knob(False, "do failed frames again")
     dry_run: bool = _knob(False, "say what would be done, and stop")
@@ -122,26 +108,129 @@ class CaptureConfig:
     wandb: WandbConfig = _knob(WandbConfig, "Weights & Biases summary")
 
     def __post_init__(self) -> None:
-        scenes = [self.scene_dir] if isinstance(self.scene_dir, str) else list(self.scene_dir or [])
-        if not any(scenes):
-            raise ConfigError("scene_dir is empty; give a scene, a root of scenes, a list, or a glob")
-        object.__setattr__(self, "scene_dir", [resolve_path(str(s)) for s in scenes])
         object.__setattr__(self, "output_dir", resolve_path(self.output_dir or "outputs"))
         if not self.model.checkpoint:
             raise ConfigError("model.checkpoint is empty; give the path of a pytorch_model.pt, or model=simlingo-tiny")
-        _choose("payload", self.payload, ("full", "reduced", "relevance"))
-        _choose("payload_dtype", self.payload_dtype, ("auto", "float32", "float16", "bfloat16"))
-        _at_least("limit", self.limit, 1)
-        _at_least("every", self.every, 1)
         _at_least("replicas", self.replicas, 1)
         if self.gpus_per_replica <= 0:
             raise ConfigError(
                 f"gpus_per_replica={self.gpus_per_replica:g} must be positive; without GPUs use model.device=cpu"
             )
         _at_least("batch_size", self.batch_size, 1)
-        _at_least("default_speed_mps", self.default_speed_mps, 0)
         if not 0 <= self.max_error_rate <= 1:
             raise ConfigError(f"max_error_rate={self.max_error_rate:g} is no share: it must lie between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class FramesConfig(RunConfig):
+    """A run over scenes: which frames, and what of their predicted trajectory or text is explained."""
+
+    scene_dir: Any = _knob("", "a scene, a root of scenes, a list of these, or a glob; local or s3://")
+    explain_mode: str = _knob("action", "action | text")
+    kinematic_metric: Any = _knob("curv_energy", "one or a list: what is explained of the predicted trajectory")
+    text_token_strategy: Any = _knob("max", "max | last | index: which generated token is explained")
+    text_token_index: int = _knob(0, "for text_token_strategy=index")
+    image_subdir: str | None = _knob(None, "where a scene keeps its frames, if not directly, in images/ or in frames/")
+    speed_subdir: str | None = _knob(None, "where a scene keeps <stem>.txt with the speed in m/s")
+    default_speed_mps: float = _knob(0.0, "for frames without a recorded speed")
+    limit: int | None = _knob(None, "use only the first N frames")
+    every: int = _knob(1, "use every N-th frame of each scene")
+
+    def __post_init__(self) -> None:
+        scenes = [self.scene_dir] if isinstance(self.scene_dir, str) else list(self.scene_dir or [])
+        if not any(scenes):
+            raise ConfigError("scene_dir is empty; give a scene, a root of scenes, a list, or a glob")
+        object.__setattr__(self, "scene_dir", [resolve_path(str(s)) for s in scenes])
+        super().__post_init__()
+        _at_least("limit", self.limit, 1)
+        _at_least("every", self.every, 1)
+        _at_least("default_speed_mps", self.default_speed_mps, 0)
+
+
+@dataclass(frozen=True)
+class CaptureConfig(FramesConfig):
+    """Frames in, attention and gradients of explained actions out, or the relevance itself."""
+
+    payload: str = _knob(
+        "relevance", "full (attention and gradient of every head) | reduced (means over heads) | relevance"
+    )
+    payload_dtype: str = _knob("auto", "of a full payload: auto (the model's) | float32 | float16 | bfloat16")
+    methods: Any = _knob(("relevancy", "relevancy_signed"), "what relevance payloads hold; --help of explain lists all")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choose("payload", self.payload, ("full", "reduced", "relevance"))
+        _choose("payload_dtype", self.payload_dtype, ("auto", "float32", "float16", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class ExplainConfig(FramesConfig):
+    """Maps of which pixels an action came from: from a capture's payloads, or online from frames.
+
+    Methods: relevancy, relevancy_positive, relevancy_negative, relevancy_signed, relevancy_lm, relevancy_vit,
+    attention_x_gradient[_lm], rollout[_lm|_vit], raw_attention[_lm|_vit], raw_attention_last_lm, gradient_x_input,
+    integrated_gradients, occlusion, iss, original_raw|rollout|flow|generic (full payloads), lrp.
+    """
+
+    source: str = _knob("auto", "payloads (of the capture of this name) | online | auto: payloads where there are any")
+    maps: str = _knob("maps", "name of the maps in the run; other methods or options need another one")
+    methods: Any = _knob("relevancy", "one or a list of the methods above")
+    strength: float = _knob(0.2, "of relevancy: how much one hop moves; relevance payloads have their own")
+    ig_steps: int = _knob(32, "first number of steps of integrated_gradients; doubled until it is complete to 5 %")
+    iss_samples: int = _knob(1000, "most masks of iss")
+    seed: int = _knob(0, "of random masks")
+    overlays: bool = _knob(True, "draw pictures, overlays/<method>/<scene>/<stem>.png")
+    report: bool = _knob(True, "write report/index.html")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choose("source", self.source, ("auto", "payloads", "online"))
+        _at_least("ig_steps", self.ig_steps, 1)
+        _at_least("iss_samples", self.iss_samples, 10)
+        if self.strength <= 0:
+            raise ConfigError(f"strength={self.strength:g} must be positive; 0.2 is the default.")
+
+
+@dataclass(frozen=True)
+class FaithfulnessConfig(RunConfig):
+    """Measure the maps of a run: do their cells move the trajectory, do they lie on what truly matters?
+
+    The model is that of the run. `model.device` and everything about replicas is as given here.
+    """
+
+    run: str = _knob("demo", "name of a run that has maps")
+    maps: str = _knob("maps", "name of the maps in the run")
+    scores: str = _knob("faithfulness", "name of the scores in the run")
+    reference: str = _knob("relevancy", "the method whose blobs random maps have, whose mean is the prior")
+    masks_subdir: str = _knob("truth/masks", "where a scene keeps masks of what matters, <stem>.png; may be missing")
+    num_random: int = _knob(5, "random maps per frame")
+    regenerate: int = _knob(8, "frames on which the text is also written anew for every changed picture")
+    randomise: int = _knob(8, "frames on which the model's weights are randomised, stage by stage")
+    limit: int | None = _knob(None, "use only the first N frames")
+    every: int = _knob(1, "use every N-th frame of each scene")
+    seed: int = _knob(0, "of random maps and orders")
+    report: bool = _knob(True, "write report/index.html again, with the tables")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("num_random", self.num_random, 1)
+        for name in ("regenerate", "randomise"):
+            _at_least(name, getattr(self, name), 0)
+        _at_least("limit", self.limit, 1)
+        _at_least("every", self.every, 1)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write overlays and report/index.html again from a run's maps and tables. Needs neither Ray nor a model."""
+
+    output_dir: str = _knob("", "where runs are kept; local or s3://")
+    run: str = _knob("demo", "name of the run")
+    maps: str = _knob("maps", "name of the maps in the run")
+    overlays: bool = _knob(True, "draw pictures, overlays/<method>/<scene>/<stem>.png")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output_dir", resolve_path(self.output_dir or "outputs"))
 
 
 @dataclass(frozen=True)
@@ -167,6 +256,8 @@ class ScenesConfig:
     seed: int = _knob(0, "of the first scene; the next ones count up")
     cause: str | None = _knob(None, "clear | red_light | lead_car | pedestrian; null: drawn")
     target_points: bool = _knob(True, "whether frames carry target points")
+    decisive: bool = _knob(False, "single frames in which one thing clearly decides the stop, a scene each")
+    question: str | None = _knob(None, "asked in every frame, {speed} filled in; null: the default one")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_dir", resolve_path(self.output_dir or "outputs/scenes"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-PAYLOAD_SCHEMA_VERSION = 1
+PAYLOAD_SCHEMA_VERSION = 2
 
 # Status of a row. `degenerate`: the scalar has a value but no gradient (standstill, straight road), so no map exists.
 OK, FAILED, DEGENERATE = "ok", "failed", "degenerate"
@@ -33,6 +33,8 @@ METRICS = pa.schema(
         pa.field("scene", pa.string()),
         pa.field("tag", pa.string()),  # the frame's stem
         pa.field("image_path", pa.string()),
+        pa.field("frame", pa.string()),  # all that is known of the frame: FrameRef as JSON
+        pa.field("geometry", pa.string()),  # how its tiles lie on the picture: TileGeometry as JSON
         pa.field("mode", pa.string()),  # action | text
         pa.field("status", pa.string(), nullable=False),  # ok | failed | degenerate
         pa.field("error_type", pa.string()),
@@ -41,6 +43,10 @@ METRICS = pa.schema(
         pa.field("target_scalar", pa.float64()),
         *(pa.field(name, pa.float64()) for name in KINEMATIC_COLUMNS),
         pa.field("text", pa.string()),
+        pa.field("text_ids", pa.list_(pa.int32())),  # the generated tokens, including the end of sequence
+        pa.field("token_index", pa.int32()),  # which of them a text target explains
+        pa.field("route", pa.list_(pa.float32())),  # m: x0, y0, x1, y1 ...
+        pa.field("speed_wps", pa.list_(pa.float32())),  # m, every 0.25 s
         pa.field("input_speed_mps", pa.float64()),
         pa.field("route_end_x", pa.float64()),  # m forward
         pa.field("route_end_y", pa.float64()),  # m right
@@ -55,5 +61,45 @@ METRICS = pa.schema(
         pa.field("write_s", pa.float64()),
         pa.field("payload_path", pa.string()),  # relative to the run directory
         pa.field("payload_bytes", pa.int64()),
+    ]
+)
+
+# One row per (frame, target, method), in `maps/<hash>.parquet`; a row counts only if the metrics row of its frame and
+# target names its file as `payload_path`. Values are float16 times `scale`, a power of two.
+MAPS = pa.schema(
+    [
+        pa.field("frame_id", pa.string(), nullable=False),
+        pa.field("scene", pa.string(), nullable=False),
+        pa.field("target", pa.string(), nullable=False),
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("direction", pa.string()),  # positive | negative | signed | none: which evidence is shown
+        pa.field("rows", pa.int32()),  # of the grid over the canvas (patches, or image tokens)
+        pa.field("columns", pa.int32()),
+        pa.field("values", pa.list_(pa.float16())),  # row by row
+        pa.field("thumbnail", pa.list_(pa.float16())),  # of the tile that shows the whole picture, square
+        pa.field("standard_error", pa.list_(pa.float16())),  # of `values`, where the method estimates them
+        pa.field("scale", pa.float32()),
+        pa.field("geometry", pa.string()),  # TileGeometry as JSON
+        # Where the relevance in the language model lies (attention methods): shares that sum to 1.
+        pa.field("share_image", pa.float32()),
+        pa.field("share_text", pa.float32()),  # generated text
+        pa.field("share_prompt", pa.float32()),
+        pa.field("share_queries", pa.float32()),
+        pa.field("share_cls", pa.float32()),  # of the vision tower's relevance: on CLS tokens, which no map shows
+        pa.field("completeness_error", pa.float32()),  # integrated gradients: |sum - change| / |change|
+        pa.field("forwards", pa.int32()),  # passes that the method took on its own
+    ]
+)
+
+# One row per (frame, target, subject, measure), in `faithfulness/<hash>.parquet`, referred to like MAPS.
+SCORES = pa.schema(
+    [
+        pa.field("frame_id", pa.string(), nullable=False),
+        pa.field("scene", pa.string(), nullable=False),
+        pa.field("target", pa.string(), nullable=False),
+        pa.field("subject", pa.string(), nullable=False),  # a method, a baseline, or a perturbation of the picture
+        pa.field("measure", pa.string(), nullable=False),  # early, lift, route_m ...: stages/faithfulness.py lists them
+        pa.field("at", pa.float64()),  # for curves: the share of cells hidden
+        pa.field("value", pa.float64()),  # null where it is not defined for this frame
     ]
 )

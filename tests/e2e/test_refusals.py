@@ -129,7 +129,7 @@ def test_disks_that_are_too_small_or_read_only(here: Run, small_disk: Path) -> N
     line = here("capture", f"output_dir={small_disk}", "payload=full").refused("capture")
     assert "needs about 0.2 GB more" in line
     assert "1.0 MB free" in line
-    assert "payload=reduced" in line
+    assert "payload=relevance" in line
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     line = here("capture", f"output_dir={small_disk}/new", "run=r", "limit=1").refused("capture")
     assert "read-only" in line

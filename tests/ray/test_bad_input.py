@@ -177,7 +177,7 @@ def test_a_disk_that_really_fills_up(
     small_disk: Path, configure: Configure, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure(small_disk, payload="full", batch_size=1)
-    with pytest.raises(StorageError, match=r"needs about .* MB more.*16.8 MB free.*payload=reduced"):
+    with pytest.raises(StorageError, match=r"needs about .* MB more.*16.8 MB free.*payload=relevance"):
         capture(config)
     assert list(small_disk.iterdir()) == [], "refused before anything was written"
     # Somebody else fills the disk later.

@@ -83,7 +83,7 @@ def test_misuse_is_refused(model: Qwen2Model) -> None:
             run(model, x, mask, IMPLEMENTATION)
         with pytest.raises(RuntimeError, match="another AttentionRecorder"), AttentionRecorder({"language": model}):
             pass
-        with pytest.raises(RuntimeError, match="another AttentionRecorder"), RelevanceTape({"language": model}):
+        with pytest.raises(RuntimeError, match="another AttentionRecorder"), RelevanceTape({"language": model}, {}):
             pass
     q = torch.randn(1, 2, 3, 4)
     plain = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)

@@ -8,8 +8,19 @@ from torch import Tensor, nn
 from transformers import InternVLVisionConfig, InternVLVisionModel, Qwen2Config, Qwen2Model
 
 from vla_ray.attention import IMPLEMENTATION, AttentionRecorder
-from vla_ray.attention.relevance import KINDS, RelevanceTape, fold
+from vla_ray.attention.relevance import Chain, RelevanceTape, fold, sum_series
 from vla_ray.attention.watch import AttentionCall
+
+KINDS = ("positive", "negative", "signed", "absolute", "attention")
+# What each kind is folded by: rollout for attention, relevancy for the others; and the rules without a product.
+CHAINS = {
+    **{kind: Chain(kind, "average" if kind == "attention" else "product") for kind in KINDS},  # type: ignore[arg-type]
+    "attention_mean": Chain("attention", "mean"),
+    "attention_last": Chain("attention", "last"),
+    "positive_mean": Chain("positive", "mean"),
+    "signed_series": Chain("signed", "series"),
+}
+SCALE = 0.37  # of a series
 
 
 def reduce_heads(kind: str, p: Tensor, dp: Tensor) -> Tensor:
@@ -17,19 +28,24 @@ def reduce_heads(kind: str, p: Tensor, dp: Tensor) -> Tensor:
         "positive": (p * dp).clamp_min(0),
         "negative": (-p * dp).clamp_min(0),
         "signed": p * dp,
+        "absolute": (p * dp).abs(),
         "attention": p,
     }
     return weighted[kind].mean(1)
 
 
-def product_row(kind: str, weights: Tensor, p: list[Tensor], dp: list[Tensor]) -> Tensor:
+def product_row(chain: Chain, weights: Tensor, p: list[Tensor], dp: list[Tensor]) -> Tensor:
     """w^T R of full matrices [B,H,N,N], first layer first, R built up in forward order."""
     eye = torch.eye(p[0].shape[-1], dtype=p[0].dtype)
     total = eye.expand(p[0].shape[0], -1, -1)
-    for one, gradient in zip(p, dp, strict=True):
-        a = reduce_heads(kind, one, gradient)
-        step = 0.5 * (eye + a) if kind == "attention" else eye + a
-        total = step @ total
+    layers = [reduce_heads(chain.weight, one, gradient) for one, gradient in zip(p, dp, strict=True)]
+    for a in layers:
+        a = SCALE * a if chain.rule == "series" else a
+        total = (0.5 * (eye + a) if chain.rule == "average" else eye + a) @ total
+    if chain.rule == "mean":
+        total = torch.stack(layers).mean(0)
+    elif chain.rule == "last":
+        total = layers[-1]
     return torch.einsum("bi,bij->bj", weights, total)
 
 
@@ -79,16 +95,21 @@ def both(model: nn.Module, x: Tensor, mask: Tensor | None, seed: Tensor) -> tupl
 
     model.set_attn_implementation(IMPLEMENTATION)
     leaf = x.clone().requires_grad_()
-    tape = RelevanceTape({"tower": model}, KINDS)
+    tape = RelevanceTape({"tower": model}, {"tower": CHAINS})
     with tape:
         y = scalar(hidden(model, leaf, mask))
-    tape.start(tower=seed)
+    tape.start(tower=dict.fromkeys(CHAINS, seed))
     torch.autograd.grad(y, leaf)
     with AttentionRecorder({"tower": model}) as recorder:
         y = scalar(hidden(model, x.clone().requires_grad_(), mask))
     gradients, _ = recorder.gradients(y)
     p = [q.detach() for q in recorder.probabilities.values()]
-    return tape.rows("tower"), {k: product_row(k, seed.to(p[0].dtype), p, list(gradients.values())) for k in KINDS}
+    folded = tape.rows("tower")
+    scales = torch.full((len(x),), SCALE, dtype=torch.float64)
+    folded = {name: sum_series(row, scales) if CHAINS[name].rule == "series" else row for name, row in folded.items()}
+    return folded, {
+        name: product_row(chain, seed.to(p[0].dtype), p, list(gradients.values())) for name, chain in CHAINS.items()
+    }
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -109,7 +130,7 @@ def test_one_fold_is_exact_in_float64(masking: str, kind: str) -> None:
         mask[1, :, :, :40] = False
         r[1, :40] = 0
     call = AttentionCall(query, key, value, mask if masking == "padded" else None, masking == "causal", 0.3)
-    folded = fold(call, gradient, {kind: r})[kind]
+    folded = fold(call, gradient, [(kind, r[None])])[0][0]
     k, v = (x.repeat_interleave(3, 1) for x in (key, value))
     scores = (query @ k.transpose(-1, -2) * 0.3).masked_fill(~mask, float("-inf"))
     p = scores.softmax(-1).nan_to_num(0.0)
@@ -121,7 +142,7 @@ def test_vision_tower_in_float64() -> None:
     model = vision_model().double()
     seed = torch.rand(3, 10, dtype=torch.float64)
     folded, expected = both(model, torch.randn(3, 10, 32, dtype=torch.float64), None, seed)
-    assert {kind: error(folded[kind], expected[kind]) < 1e-10 for kind in KINDS} == dict.fromkeys(KINDS, True)
+    assert {name: error(folded[name], expected[name]) < 1e-10 for name in CHAINS} == dict.fromkeys(CHAINS, True)
 
 
 @pytest.mark.parametrize("padding", [0, 4])
@@ -131,7 +152,7 @@ def test_grouped_causal_decoder(padding: int) -> None:
     seed = torch.zeros(2, 12)
     seed[:, -3:] = torch.rand(2, 3)
     folded, expected = both(language_model(), torch.randn(2, 12, 64), mask, seed)
-    for kind in KINDS:
+    for kind in CHAINS:
         assert error(folded[kind], expected[kind]) < 1e-4, kind
     assert float(folded["positive"][1, :padding].abs().sum()) == 0, "padding gets no relevance"
 
@@ -144,7 +165,7 @@ def test_batched_equals_single() -> None:
     seed[:, -2:] = 0.5
     together, _ = both(model, x, mask, seed)
     alone, _ = both(model, x[1:, 5:], mask[1:, 5:], seed[1:, 5:])
-    for kind in KINDS:
+    for kind in CHAINS:
         assert error(together[kind][1, 5:], alone[kind][0]) < 1e-4, kind
 
 
@@ -165,7 +186,9 @@ def test_towers_follow_each_other_and_targets_do_not_mix() -> None:
     for model in (vision, language):
         model.set_attn_implementation(IMPLEMENTATION)
     leaf = torch.randn(1, 10, 32, requires_grad=True)
-    tape = RelevanceTape({"vision": vision, "language": language}, ("positive",))
+    tape = RelevanceTape(
+        {"vision": vision, "language": language}, dict.fromkeys(("vision", "language"), {"positive": Chain("positive")})
+    )
     with tape:
         tokens = join(hidden(vision, leaf, None)[:, 1:])
         h = hidden(language, tokens, torch.ones(1, 9, dtype=torch.long))
@@ -174,7 +197,7 @@ def test_towers_follow_each_other_and_targets_do_not_mix() -> None:
         seed = torch.zeros(1, 9)
         seed[:, row] = 1
         tape.start(
-            language=seed,
+            language={"positive": seed},
             vision=lambda: {k: torch.nn.functional.pad(r, (1, 0)) for k, r in tape.rows("language").items()},
         )
         torch.autograd.grad(h[:, row].sum(), leaf, retain_graph=True)
@@ -189,14 +212,14 @@ def test_without_a_tape_or_a_seed_nothing_is_folded() -> None:
     model = vision_model()
     model.set_attn_implementation(IMPLEMENTATION)
     x = torch.randn(1, 10, 32, requires_grad=True)
-    tape = RelevanceTape({"tower": model})
+    tape = RelevanceTape({"tower": model}, {})
     hidden(model, x, None).sum().backward()
     with tape:
         y = hidden(model, x, None).sum()
-        with pytest.raises(RuntimeError, match="another RelevanceTape"), RelevanceTape({"tower": model}):
+        with pytest.raises(RuntimeError, match="another RelevanceTape"), RelevanceTape({}, {}):
             pass
     y.backward()
     with pytest.raises(KeyError):
         tape.rows("tower")
-    with pytest.raises(ValueError, match="unknown relevance kind"):
-        RelevanceTape({}, ("positiv",))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown relevance 'positiv'"):
+        Chain("positiv")  # type: ignore[arg-type]

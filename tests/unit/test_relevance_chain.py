@@ -17,11 +17,14 @@ from vla_ray.data.tiles import TileGeometry
 from vla_ray.explain.chain import STRENGTH, cross_projector, patch_groups, seed_of
 from vla_ray.models.simlingo import load_model, load_processor
 from vla_ray.models.simlingo.config import read_config
-from vla_ray.stages.payloads import KINDS, build_payload
+from vla_ray.explain.folds import FOLDS
+from vla_ray.explain.matrices import relevance_of
+from vla_ray.stages.payloads import build_payload
 from vla_ray.stages.visit import Visit
 from vla_ray.stages.work import FrameRef
 from vla_ray.targets import Spline, parse_targets
 
+KINDS = ("positive", "negative", "signed")
 TARGETS = (
     *parse_targets("action", ["curv_energy", "longitudinal_progress"]),
     *parse_targets("text", text_token_strategy=["max"]),
@@ -45,9 +48,9 @@ def driver(repo: Any) -> Any:
     return model, processor, frames
 
 
-def visit(driver: Any, *which: int, kinds: Any = None) -> Visit:
+def visit(driver: Any, *which: int, folds: Any = None) -> Visit:
     model, processor, frames = driver
-    return Visit(model, processor, [frames[i][0] for i in which], [frames[i][2] for i in which], kinds=kinds)
+    return Visit(model, processor, [frames[i][0] for i in which], [frames[i][2] for i in which], folds=folds)
 
 
 def payload(driver: Any, v: Visit, target: Any, b: int, frame: int, level: str) -> dict[str, Any]:
@@ -61,10 +64,14 @@ def from_matrices(content: dict[str, Any], kind: str, config: Any) -> tuple[Tens
     """Language row [L] and patches [tiles, patches] by full products, from a full or reduced payload alone."""
     seed, spans = content["meta"]["seed"], content["meta"]["spans"]
 
+    rows = torch.zeros(1, spans["speed_queries"][1])
+    rows[0, seed["rows"]] = seed["weights"]
+    language_blocks = [e[0] for name, e in content["attention"].items() if name.startswith("language")]
+    hops = sum(rows[0] @ (e["attn"] * e["grad"]).abs().mean(1)[0] for e in language_blocks)
+    scale = STRENGTH / float(hops.sum())  # one hop moves STRENGTH of the seed
+
     def reduced_heads(entry: dict[str, Any]) -> Tensor:
-        if "cam" in entry:  # already divided by the gradient's RMS
-            return entry["cam"].float() * entry["cam_scale"] * STRENGTH
-        a = entry["attn"] * entry["grad"] * (STRENGTH / seed["grad_rms"])
+        a = entry["attn"] * entry["grad"] * scale
         return {"positive": a.clamp_min(0), "negative": (-a).clamp_min(0), "signed": a}[kind].mean(1)
 
     def chain(tower: str, rows: Tensor) -> Tensor:
@@ -74,8 +81,6 @@ def from_matrices(content: dict[str, Any], kind: str, config: Any) -> tuple[Tens
             total = total + reduced_heads(entry) @ total
         return torch.einsum("bi,bij->bj", rows, total)
 
-    rows = torch.zeros(1, spans["speed_queries"][1])
-    rows[0, seed["rows"]] = seed["weights"]
     language = chain("language", rows)[0]
     first, last = spans["image"]
     groups = patch_groups(config.patch_grid, 2)
@@ -84,39 +89,55 @@ def from_matrices(content: dict[str, Any], kind: str, config: Any) -> tuple[Tens
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
-def test_online_equals_the_matrices_of_stored_payloads(driver: Any, target: Any) -> None:
-    recorded, folded = visit(driver, 0, 1), visit(driver, 0, 1, kinds=KINDS)
+def test_online_equals_full_products_of_the_recorded_matrices(driver: Any, target: Any) -> None:
+    recorded, folded = visit(driver, 0, 1), visit(driver, 0, 1, folds=tuple(FOLDS))
     for b in (0, 1):
         full = payload(driver, recorded, target, b, b, "full")
         online = payload(driver, folded, target, b, b, "relevance")["relevance"]
         for kind in KINDS:
             language, patches = from_matrices(full, kind, driver[1].config)
-            for ours, expected in ((online["language"][kind], language), (online["patches"][kind], patches)):
+            fold = f"relevancy_{kind}"
+            for ours, expected in ((online["language"][fold], language), (online["patches"][fold], patches)):
                 assert ours.shape == expected.shape
                 assert float((ours - expected).abs().max() / expected.abs().max()) < 1e-4, (b, kind)
-        reduced = payload(driver, recorded, target, b, b, "reduced")
-        _, patches = from_matrices(reduced, "positive", driver[1].config)
-        ours = online["patches"]["positive"]
-        assert float((ours - patches).abs().max() / patches.abs().max()) < 1e-3, b
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
+def test_every_fold_is_the_same_from_every_payload_level(driver: Any, target: Any) -> None:
+    recorded, folded = visit(driver, 0, 1), visit(driver, 0, 1, folds=tuple(FOLDS))
+    for b in (0, 1):
+        online = relevance_of(payload(driver, folded, target, b, b, "relevance"), tuple(FOLDS))
+        for level, tolerance in (("full", 1e-4), ("reduced", 1e-3)):
+            stored = relevance_of(payload(driver, recorded, target, b, b, level), tuple(FOLDS))
+            for part, ours in online.to_dict().items():
+                theirs = stored.to_dict()[part]
+                assert set(ours) == set(theirs)
+                for fold in ours:
+                    # Signed from float16 is a difference of two maps, exact to the size of these, not of what is left.
+                    signs = ("positive", "negative") if level == "reduced" else ("signed",)
+                    sizes = online.language if part == "language" else online.patches
+                    size = max(float(sizes[fold.replace("signed", sign)].abs().max()) for sign in signs)
+                    error = (ours[fold] - theirs[fold]).abs().max() / size
+                    assert float(error) < tolerance, (b, level, part, fold)
 
 
 def test_batched_equals_single(driver: Any) -> None:
-    together = visit(driver, 0, 1, kinds=KINDS)
+    together = visit(driver, 0, 1, folds=tuple(FOLDS))
     for b in (0, 1):
-        alone = visit(driver, b, kinds=KINDS)
+        alone = visit(driver, b, folds=tuple(FOLDS))
         for target in TARGETS:
             many = payload(driver, together, target, b, b, "relevance")["relevance"]
             one = payload(driver, alone, target, 0, b, "relevance")["relevance"]
-            for kind in KINDS:
-                error = (many["patches"][kind] - one["patches"][kind]).abs().max() / one["patches"][kind].abs().max()
-                assert float(error) < 1e-4, (b, target.name, kind)
+            for fold in FOLDS:
+                error = (many["patches"][fold] - one["patches"][fold]).abs().max() / one["patches"][fold].abs().max()
+                assert float(error) < 1e-4, (b, target.name, fold)
 
 
 def test_a_payload_is_small_and_holds_no_matrix(driver: Any, tmp_path: Any) -> None:
     from vla_ray.storage import payload as payload_file
     from vla_ray.storage.files import Location
 
-    content = payload(driver, visit(driver, 0, kinds=KINDS), TARGETS[0], 0, 0, "relevance")
+    content = payload(driver, visit(driver, 0, folds=tuple(FOLDS)), TARGETS[0], 0, 0, "relevance")
     assert "attention" not in content
     assert payload_file.save(Location.of(tmp_path / "a.pt"), content) < 100_000
 
@@ -145,12 +166,12 @@ def test_a_visit_is_freed_at_once(driver: Any) -> None:
     """Its graph is gigabytes on a real model; waiting for the garbage collector would be running out of memory."""
     gc.disable()
     try:
-        for kinds in (None, KINDS):
-            v = visit(driver, 0, kinds=kinds)
+        for folds in (None, tuple(FOLDS)):
+            v = visit(driver, 0, folds=folds)
             for target in TARGETS:
                 v.explain(target, Spline(), keep_graph=True)
             alive = weakref.ref(v)
             del v
-            assert alive() is None, kinds
+            assert alive() is None, folds
     finally:
         gc.enable()

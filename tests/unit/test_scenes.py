@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from vla_ray.data.camera import SIMLINGO_CAMERA, Camera
 from vla_ray.data.scenes import FrameRef, discover, natural_key
 from vla_ray.errors import ConfigError, SceneError, VlaRayError
 
@@ -273,6 +274,20 @@ def test_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "2 of 3 frames have no speed" in warnings(caplog)[0]
 
 
+def test_a_camera_per_frame(tmp_path: Path) -> None:
+    scene = touch(tmp_path / "s", *(f"{name}.png" for name in "abcd"))
+    given = {"fov_deg": 85, "height_m": 1.5, "behind_m": -0.25, "pitch_rad": -0.01}
+    table(
+        scene,
+        {"image": "a.png", "camera": given},
+        {"image": "b.png", "camera": {"height_m": 3}},
+        {"image": "c.png", "camera": None},
+    )
+    cameras = [frame.camera for frame in discover(str(scene), default_speed_mps=1)]
+    assert cameras == [Camera(85.0, 1.5, -0.25, -0.01), Camera(height_m=3.0), None, None]
+    assert (SIMLINGO_CAMERA.fov_deg, SIMLINGO_CAMERA.behind_m) == (110.0, 1.5)
+
+
 def test_the_tables_speed_beats_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     scene = table(touch(tmp_path / "s", "a.png", "b.png"), {"image": "a.png", "speed_mps": 7}, {"image": "b.png"})
     speed_files(scene, a="not read, so it cannot fail", b="2")
@@ -330,6 +345,14 @@ GOOD = {"image": "a.png", "speed_mps": 1.0}
         ({"image": "b.png", "target_points": [[1, 2], [3, float("inf")]]}, "expected two points"),
         ({"image": "b.png", "question": 3}, "question is 3; expected a text"),
         ({"image": "b.png", "question": " "}, "question is"),
+        ({"image": "b.png", "camera": 110}, "camera is 110; expected an object"),
+        ({"image": "b.png", "camera": {"fov": 90}}, "unknown key 'fov'; expected fov_deg, .* Did you mean 'fov_deg'"),
+        ({"image": "b.png", "camera": {"fov_deg": 180}}, "camera.fov_deg is 180; expected .* between 0 and 180"),
+        ({"image": "b.png", "camera": {"fov_deg": 0}}, "camera.fov_deg is 0"),
+        ({"image": "b.png", "camera": {"fov_deg": "90"}}, 'camera.fov_deg is "90"'),
+        ({"image": "b.png", "camera": {"height_m": 0}}, "camera.height_m is 0; expected a finite number of metres > 0"),
+        ({"image": "b.png", "camera": {"behind_m": True}}, "camera.behind_m is true"),
+        ('{"image": "b.png", "camera": {"pitch_rad": NaN}}', "camera.pitch_rad is NaN; expected a finite number"),
     ],
 )
 def test_mistakes_name_file_and_line(tmp_path: Path, line: Any, message: str) -> None:
@@ -375,9 +398,10 @@ def test_golden_scene(golden: Path, caplog: pytest.LogCaptureFixture) -> None:
 # Frames
 
 
+@pytest.mark.parametrize("camera", [None, Camera(85.0, 1.5, 0.0, 0.0125)])
 @pytest.mark.parametrize("points", [None, ((1.0, 2.0), (3.0, 4.0))])
-def test_a_frame_travels_as_plain_values(points: Any) -> None:
-    frame = FrameRef("s/a", "s", "a", "/data/s/a.png", 1.5, points, None)
+def test_a_frame_travels_as_plain_values(points: Any, camera: Camera | None) -> None:
+    frame = FrameRef("s/a", "s", "a", "/data/s/a.png", 1.5, points, None, camera)
     plain = json.loads(json.dumps(frame.to_dict()))
     assert plain == frame.to_dict()
     assert FrameRef.from_dict(plain) == frame

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vla_ray.data.scenes import discover
 from vla_ray.data.synthetic import (
     CAUSES,
     COMMENTARY,
@@ -208,7 +209,7 @@ def test_write_scene_round_trip(tmp_path: Path) -> None:
     root = write_scene(tmp_path / "a", scenes)
     rows = [json.loads(line) for line in (root / "frames.jsonl").read_text().splitlines()]
     assert [r["image"] for r in rows] == [f"images/frame_{k:04d}.png" for k in range(3)]
-    assert set(rows[0]) == {"image", "speed_mps", "target_points", "question"}
+    assert set(rows[0]) == {"image", "speed_mps", "target_points", "question", "camera"}
     truth = read_truth(root)
     for scene, row in zip(scenes, rows, strict=True):
         rgb, ids = render(scene)
@@ -220,6 +221,17 @@ def test_write_scene_round_trip(tmp_path: Path) -> None:
         np.testing.assert_allclose(found.route, expert(scene).route, atol=1e-3)
         np.testing.assert_allclose(found.speed_waypoints, expert(scene).speed_waypoints, atol=1e-3)
         assert (found.cause, found.commentary) == ("red_light", COMMENTARY["red_light"])
+
+
+@pytest.mark.parametrize("width", [448, 960])
+def test_the_written_camera_is_the_renderers(tmp_path: Path, width: int) -> None:
+    points = np.stack(np.meshgrid(np.linspace(1, 60, 25), np.linspace(-8, 8, 9)), -1)
+    scenes = [sample_scene(seed) for seed in range(6)]
+    for scene, frame in zip(scenes, discover(str(write_scene(tmp_path / "s", scenes))), strict=True):
+        assert frame.camera is not None
+        drawn = project(scene, points, width)
+        np.testing.assert_allclose(frame.camera.project(points, width, width // 2), drawn, rtol=0, atol=1e-6)
+    assert len({scene.look.pitch > 0 for scene in scenes}) == 2  # both signs were among them
 
 
 def test_write_scene_is_reproducible_and_may_leave_out_target_points(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ its gradient can be asked for; an open `RelevanceTape` folds relevance while bac
 """
 
 from vla_ray.attention.recording import AttentionRecorder
-from vla_ray.attention.relevance import Kind, RelevanceTape
+from vla_ray.attention.relevance import Chain, RelevanceTape
 from vla_ray.attention.watch import IMPLEMENTATION
 
-__all__ = ["IMPLEMENTATION", "AttentionRecorder", "Kind", "RelevanceTape"]
+__all__ = ["IMPLEMENTATION", "AttentionRecorder", "Chain", "RelevanceTape"]

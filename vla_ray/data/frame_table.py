@@ -5,7 +5,8 @@ One JSON object per line, for one image each:
     {"image": "frames/0001.png", "speed_mps": 5.3, "target_points": [[7.5, 0.4], [21.25, 2.75]], "question": "..."}
 
 `image` is a path relative to the scene; the other keys may be null or absent. Target points are the next two route
-nodes in metres, x forward and y right of the ego vehicle. Every mistake is a `SceneError` with file and line.
+nodes in metres, x forward and y right of the ego vehicle. `"camera": {"fov_deg": 85, "height_m": 1.5}` tells how the
+frame was taken, for drawing (see camera.py). Every mistake is a `SceneError` with file and line.
 """
 
 from __future__ import annotations
@@ -16,13 +17,20 @@ import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from vla_ray.data.camera import Camera
 from vla_ray.errors import SceneError, nearest
 from vla_ray.storage.files import Location
 
 logger = logging.getLogger(__name__)
 
 TABLE_NAME = "frames.jsonl"
-KEYS = ("image", "speed_mps", "target_points", "question")
+KEYS = ("image", "speed_mps", "target_points", "question", "camera")
+CAMERA = {  # the fields of Camera: open interval, and in words
+    "fov_deg": (0.0, 180.0, "a number of degrees between 0 and 180"),
+    "height_m": (0.0, math.inf, "a finite number of metres > 0"),
+    "behind_m": (-math.inf, math.inf, "a finite number of metres"),
+    "pitch_rad": (-math.inf, math.inf, "a finite number of radians"),
+}
 
 TargetPoints = tuple[tuple[float, float], tuple[float, float]]
 
@@ -36,6 +44,7 @@ class Row:
     speed_mps: float | None
     target_points: TargetPoints | None
     question: str | None
+    camera: Camera | None
 
 
 def read_table(location: Location) -> dict[str, Row]:
@@ -101,8 +110,27 @@ def _parse(location: Location, number: int, line: str) -> tuple[Row, set[str]]:
         speed_mps=None if speed is None else float(speed),
         target_points=None if points is None else as_target_points(points),
         question=question,
+        camera=_camera(location, number, value.get("camera")),
     )
     return row, value.keys() - set(KEYS)
+
+
+def _camera(location: Location, number: int, value: Any) -> Camera | None:
+    """A camera; what it leaves out is as in SimLingo's. A mistyped key would draw everything in the wrong place."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        expected = 'an object like {"fov_deg": 110, "height_m": 2.0, "behind_m": 1.5, "pitch_rad": 0.0}, or null'
+        _refuse(location, number, f"camera is {_shown(value)}", expected)
+    for key, size in value.items():
+        if key not in CAMERA:
+            _refuse(
+                location, number, f"camera has the unknown key {key!r}", f"{', '.join(CAMERA)}.{nearest(key, CAMERA)}"
+            )
+        low, high, expected = CAMERA[key]
+        if not (_is_number(size) and low < size < high):
+            _refuse(location, number, f"camera.{key} is {_shown(size)}", expected)
+    return Camera(**{key: float(size) for key, size in value.items()})
 
 
 def _refuse(location: Location, number: int, found: str, expected: str) -> NoReturn:

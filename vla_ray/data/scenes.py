@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from vla_ray.data.camera import Camera
 from vla_ray.data.frame_table import TABLE_NAME, Row, TargetPoints, as_target_points, read_table
 from vla_ray.data.patterns import expand
 from vla_ray.errors import ConfigError, SceneError
@@ -42,6 +43,7 @@ class FrameRef:
         image: absolute path or URI.
         target_points: the next two route nodes, metres (forward, right); None if unknown.
         question: the text to ask instead of the default one.
+        camera: what took the picture, for drawing; None if unknown.
     """
 
     frame_id: str
@@ -51,6 +53,7 @@ class FrameRef:
     speed_mps: float
     target_points: TargetPoints | None = None
     question: str | None = None
+    camera: Camera | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON has them."""
@@ -63,12 +66,14 @@ class FrameRef:
             "speed_mps": self.speed_mps,
             "target_points": None if points is None else [list(point) for point in points],
             "question": self.question,
+            "camera": None if self.camera is None else self.camera.to_dict(),
         }
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> FrameRef:
-        points = values["target_points"]
-        return FrameRef(**values | {"target_points": None if points is None else as_target_points(points)})
+        points, camera = values["target_points"], values["camera"]
+        known = {"target_points": points and as_target_points(points), "camera": camera and Camera(**camera)}
+        return FrameRef(**values | known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +249,7 @@ def _frames(scene: _Scene, speed_subdir: str | None, default_speed_mps: float) -
                 speed_mps=speeds.get(by_stem[stem], default_speed_mps),
                 target_points=row.target_points if row else None,
                 question=row.question if row else None,
+                camera=row.camera if row else None,
             )
         )
     return frames, len(frames) - len(speeds)

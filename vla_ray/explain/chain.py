@@ -1,8 +1,10 @@
 """The chain scalar -> query rows -> language model -> projector -> vision tower -> patches.
 
-A map must not depend on the unit of the scalar, so the gradient at the rows it reads is divided by its own RMS and
-multiplied by a `strength` before it enters the language model: the relevancy product mixes orders of the gradient, and
-at strength 1 the vision tower's folds spread mass over everything. 0.3 was best on a trained tiny driver.
+A map must not depend on the unit of the scalar, nor on how large gradients happen to be in a model: the relevancy
+product mixes orders of the gradient, and where hops are strong it spreads over everything. So the gradient is scaled,
+frame by frame, such that one hop through the language model, all layers together, moves `strength` times the seed:
+sum_l w^T mean_h |P * dP| = strength. (The gradient's own RMS, the obvious unit, leaves one hop moving 0.5 times the
+seed in one model and 5 times in another of the same architecture.)
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from vla_ray.models.simlingo.model import pixel_shuffle
 
-STRENGTH = 0.3
+STRENGTH = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,16 @@ def seed_of(hidden_NH: Tensor, gradient_NH: Tensor) -> Seed:
     return Seed(weights, scores, float(gradient.square().mean().sqrt()))
 
 
+def hop_scale(first_hop_B: Tensor, num_layers: int, strength: float = STRENGTH) -> Tensor:
+    """[B]: what gradients are multiplied with, so that one hop moves `strength` times the seed; 0 where none moves any.
+
+    Args:
+        first_hop_B: mean over layers of the mass of w^T mean_h |P * dP|, for seeds w that sum to one.
+    """
+    moved = first_hop_B.double() * num_layers
+    return torch.where(moved > 0, strength / moved.clamp_min(torch.finfo(moved.dtype).tiny), 0.0)
+
+
 def patch_groups(grid: int, factor: int) -> Tensor:
     """[tokens, factor^2]: the patches behind each image token, as the pixel shuffle places patch numbers."""
     numbers = torch.arange(grid * grid, dtype=torch.float32).view(1, grid, grid, 1)
@@ -61,3 +73,10 @@ def cross_projector(relevance_TN: Tensor, groups: Tensor) -> Tensor:
     seed = relevance_TN.new_zeros(tiles, 1 + groups.numel())
     columns = (groups.to(relevance_TN.device).flatten() + 1).expand(tiles, -1)
     return seed.scatter_add(1, columns, (relevance_TN / size).repeat_interleave(size, 1))
+
+
+def uniform_seed(num_tiles: int, num_patches: int) -> Tensor:
+    """[T, 1 + patches]: every patch of the picture alike, summing to 1; what leaves the language model out."""
+    seed = torch.full((num_tiles, 1 + num_patches), 1.0 / (num_tiles * num_patches))
+    seed[:, 0] = 0
+    return seed

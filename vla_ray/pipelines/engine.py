@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.data import ActorPoolStrategy, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.exceptions import RayError, RayTaskError
 from ray.util.metrics import Counter
 
@@ -26,7 +26,7 @@ from vla_ray.errors import ClusterError, VlaRayError
 from vla_ray.logs import setup_logging
 from vla_ray.pipelines.resources import DECODE_CPUS, Plan
 from vla_ray.stages.decode import Decoder, DecodeWorker, pack, unpack
-from vla_ray.stages.work import Replica, Summary, Worker, WorkItem
+from vla_ray.stages.work import Loaded, Replica, Summary, Worker, WorkItem
 from vla_ray.storage.files import Location
 from vla_ray.storage.lease import Lease
 
@@ -35,7 +35,7 @@ MAX_BLOCKS = 4096  # blocks of one dataset: enough for any pool, few enough for 
 
 def run_items(
     items: Sequence[WorkItem],
-    decoder: Decoder,
+    decoder: Decoder | None,
     make_replica: Callable[[], Replica],
     run_dir: Location,
     token: str,
@@ -45,6 +45,7 @@ def run_items(
     """Process items on a pool of replicas; summaries arrive in the order of completion.
 
     Args:
+        decoder: None if the replicas need no pictures.
         make_replica: picklable; called once in each actor.
         name: what dashboards and logs call the actors.
 
@@ -53,20 +54,19 @@ def run_items(
     """
     rows = [{"item": item.to_json()} for item in items]
     actor = type(name, (_ReplicaActor,), {})  # the class's name is what progress and dashboards show
-    dataset = (
-        ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
-        .map(
+    dataset: Dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
+    if decoder is not None:
+        dataset = dataset.map(
             _Decode(DecodeWorker(decoder, run_dir, token)),
             compute=TaskPoolStrategy(size=min(plan.decoders, len(rows))),
             num_cpus=DECODE_CPUS,
         )
-        .map(
-            actor,
-            fn_constructor_kwargs={"make_replica": make_replica, "run_dir": run_dir, "token": token},
-            compute=ActorPoolStrategy(size=min(plan.replicas, len(rows)), max_tasks_in_flight_per_actor=2),
-            num_cpus=plan.num_cpus,
-            num_gpus=plan.num_gpus,
-        )
+    dataset = dataset.map(
+        actor,
+        fn_constructor_kwargs={"make_replica": make_replica, "run_dir": run_dir, "token": token},
+        compute=ActorPoolStrategy(size=min(plan.replicas, len(rows)), max_tasks_in_flight_per_actor=2),
+        num_cpus=plan.num_cpus,
+        num_gpus=plan.num_gpus,
     )
     batches = iter(dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"))
     with closing(batches):  # type: ignore[type-var]  # a generator; closing it frees the actors at once
@@ -123,7 +123,11 @@ class _ReplicaActor:
         if self.refusal is not None:
             raise self.refusal
         item = WorkItem.from_json(row["item"])
-        summary = self.worker(item, unpack(item, row["notes"], np.asarray(row["tiles"])))
+        if "tiles" in row:
+            loaded = unpack(item, row["notes"], np.asarray(row["tiles"]))
+        else:
+            loaded = [Loaded(frame) for frame in item.frames]
+        summary = self.worker(item, loaded)
         for status, count in summary.statuses.items():
             self.frames.inc(count, tags={"status": status})
         return summary

@@ -2,11 +2,10 @@
 
 full:    attention[block] = [{attn, grad, shape}]: probabilities and raw gradients of every head, as existing notebooks
          read them ("vision_block_i" [tiles, heads, N, N], "language_block_i" [1, heads, L, L]).
-reduced: attention[block] = [{attn_mean, cam, cam_scale, shape}]: means over heads of A and of relu(A * dA), float16,
-         with dA divided by `meta.seed.grad_rms`. `cam * cam_scale` is the value: the scale, a power of two, keeps small
-         numbers out of float16's subnormals.
-
-relevance: no matrix; relevance.{language [L], patches [tiles, patches], cls [tiles]} per kind of fold.
+reduced: attention[block] = [{attn_mean, cam, cam_scale, cam_negative, cam_negative_scale, shape}]: means over heads of
+         A, of relu(A * dA) and of relu(-A * dA), float16, with dA divided by `meta.seed.grad_rms`. `cam * cam_scale` is
+         the value: the scale, a power of two, keeps small numbers out of float16's subnormals.
+relevance: no matrix; relevance.{language [L], patches [tiles, patches], cls [tiles]} per fold (explain/folds.py).
 
 All carry in `meta` what a map needs later: token spans, tile boxes, crop, seed weights, the gradient's RMS. Sequence
 positions count from the frame's first token; padding is cut away.
@@ -20,18 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vla_ray.attention import Kind
 from vla_ray.data.scenes import FrameRef
 from vla_ray.data.tiles import TileGeometry
-from vla_ray.explain.chain import STRENGTH
 from vla_ray.models.simlingo import Processor, SimLingoConfig
 from vla_ray.models.simlingo.config import NUM_ROUTE_QUERIES, NUM_SPEED_QUERIES
 from vla_ray.schema import PAYLOAD_SCHEMA_VERSION
 from vla_ray.stages.visit import Explained, Visit
 from vla_ray.targets import ChosenToken, Spline, target_info
-
-KINDS: tuple[Kind, ...] = ("positive", "negative", "signed")  # of a relevance payload
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class NonFiniteTarget(ArithmeticError):  # noqa: N818 - its name is the error_type of a row
@@ -144,14 +138,12 @@ def token_spans(visit: Visit, processor: Processor, b: int) -> dict[str, list[in
 
 
 def _relevance(visit: Visit, explained: Explained, b: int) -> dict[str, Any]:
-    start, tiles = visit.decision.starts[b], visit.tile_slices[b]
-    language, vision = explained.relevance["language"], explained.relevance["vision"]
-    return {
-        "strength": STRENGTH,
-        "language": {kind: _stored(r[b, start:], torch.float32, f"{kind} relevance") for kind, r in language.items()},
-        "patches": {kind: _stored(r[tiles, 1:], torch.float32, f"{kind} relevance") for kind, r in vision.items()},
-        "cls": {kind: _stored(r[tiles, 0], torch.float32, f"{kind} relevance") for kind, r in vision.items()},
+    parts = visit.relevance(explained, b).to_dict()
+    kept = {
+        part: {fold: _stored(row, torch.float32, f"{fold} relevance") for fold, row in rows.items()}
+        for part, rows in parts.items()
     }
+    return {"strength": visit.strength, **kept}
 
 
 def _attention(
@@ -176,17 +168,17 @@ def _attention(
 
 
 def _reduced(attn_BHQK: Tensor, grad_BHQK: Tensor, grad_rms: float, name: str) -> dict[str, Any]:
-    attn_BHQK = attn_BHQK.detach()
-    cam = (attn_BHQK.float() * grad_BHQK.float()).clamp_min(0).mean(1) / (grad_rms or 1.0)
-    top = float(cam.max())
-    if not math.isfinite(top):
-        raise NonFiniteTarget(f"the gradient of {name} is not finite")
-    scale = 2.0 ** math.floor(math.log2(top)) if top > 0 else 1.0
-    return {
-        "attn_mean": _stored(attn_BHQK.float().mean(1), torch.float16, name),
-        "cam": _stored(cam / scale, torch.float16, f"the gradient of {name}"),
-        "cam_scale": scale,
-    }
+    attn_BHQK = attn_BHQK.detach().float()
+    weighted = attn_BHQK * grad_BHQK.float() / (grad_rms or 1.0)
+    entry: dict[str, Any] = {"attn_mean": _stored(attn_BHQK.mean(1), torch.float16, name)}
+    for key, sign in (("cam", 1), ("cam_negative", -1)):
+        cam = (sign * weighted).clamp_min(0).mean(1)
+        top = float(cam.max())
+        if not math.isfinite(top):
+            raise NonFiniteTarget(f"the gradient of {name} is not finite")
+        scale = 2.0 ** math.floor(math.log2(top)) if top > 0 else 1.0
+        entry |= {key: _stored(cam / scale, torch.float16, f"the gradient of {name}"), f"{key}_scale": scale}
+    return entry
 
 
 def _stored(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -196,7 +188,7 @@ def _stored(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return x.to(device="cpu", copy=True).contiguous()
 
 
-def estimate_bytes(level: str, config: SimLingoConfig, dtype: torch.dtype) -> int:
+def estimate_bytes(level: str, config: SimLingoConfig, dtype: torch.dtype, num_folds: int = 3) -> int:
     """Bytes of one payload with the most tiles and a usual commentary (17 tokens), for the check before a run."""
     num_tiles = config.max_tiles + config.use_thumbnail
     vision, language = config.vision, config.language
@@ -205,9 +197,9 @@ def estimate_bytes(level: str, config: SimLingoConfig, dtype: torch.dtype) -> in
     vision_matrices = int(vision["num_hidden_layers"]) * num_tiles * tokens**2
     language_matrices = int(language["num_hidden_layers"]) * length**2
     if level == "relevance":
-        return 4 * len(KINDS) * (length + num_tiles * tokens) + 20_000
+        return 4 * num_folds * (length + num_tiles * tokens) + 20_000
     if level == "full":
         elements = vision_matrices * int(vision["num_attention_heads"])
         elements += language_matrices * int(language["num_attention_heads"])
         return 2 * elements * dtype.itemsize
-    return 2 * (vision_matrices + language_matrices) * torch.float16.itemsize
+    return 3 * (vision_matrices + language_matrices) * torch.float16.itemsize

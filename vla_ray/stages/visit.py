@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_ray.attention import AttentionRecorder, Kind, RelevanceTape
-from vla_ray.explain.chain import STRENGTH, Seed, cross_projector, patch_groups, seed_of
+from vla_ray.attention import AttentionRecorder, RelevanceTape
+from vla_ray.attention.relevance import Start, sum_series
+from vla_ray.explain.chain import STRENGTH, Seed, cross_projector, hop_scale, patch_groups, seed_of, uniform_seed
+from vla_ray.explain.folds import FIRST_HOP, FOLDS, Relevance, chains, check_folds
 from vla_ray.models.simlingo import Processor, SimLingo
 from vla_ray.models.simlingo.model import Decision
 from vla_ray.models.simlingo.processing import Prompt, normalise
@@ -36,7 +38,7 @@ class Explained:
         scalar_B: the target's value per frame; its sum was differentiated.
         slope_B: largest |d scalar / d predicted coordinate| (action) or 1 (text).
         gradients: block -> d scalar / d probabilities, [tiles or B, heads, Q, K]; empty when relevance is folded.
-        relevance: tower -> kind -> relevance of its tokens, language [B, L], vision [tiles, 1 + patches]; or empty.
+        relevance: tower -> fold -> relevance of its tokens, language [B, L], vision [tiles, 1 + patches]; or empty.
         rows: per frame the columns of the padded sequence that the scalar reads.
         seeds: per frame the weights of these rows.
         finite: per frame whether value and gradient at these rows are finite.
@@ -71,7 +73,9 @@ class Visit:
 
     Args:
         model: with the attention implementation of vla_ray.attention.
-        kinds: fold relevance of these kinds; None records every attention matrix instead.
+        folds: fold relevance (names of FOLDS); None records every attention matrix instead.
+        strength: how much one hop moves, see explain/chain.py.
+        texts: token ids to take for the generated ones, e.g. what another model wrote.
     """
 
     def __init__(
@@ -81,16 +85,19 @@ class Visit:
         tiles: Sequence[np.ndarray],
         prompts: Sequence[Prompt],
         max_new_tokens: int = 100,
-        kinds: Sequence[Kind] | None = None,
+        folds: Sequence[str] | None = None,
+        strength: float = STRENGTH,
+        texts: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self.model, self.prompts = model, tuple(prompts)
+        self.model, self.prompts, self.strength = model, tuple(prompts), strength
+        self._folds = () if folds is None else check_folds(folds)
         counts = [len(t) for t in tiles]
         self.tile_slices = [slice(sum(counts[:b]), sum(counts[: b + 1])) for b in range(len(counts))]
         batch = processor.batch(prompts, counts, model.device)
         self._image_B = batch.ids_BP == processor.image_token_id
         towers = {"vision": model.vision, "language": model.language}
-        self._recorder = AttentionRecorder(towers) if kinds is None else None
-        self._tape = None if kinds is None else RelevanceTape(towers, kinds)
+        self._recorder = AttentionRecorder(towers) if folds is None else None
+        self._tape = None if folds is None else RelevanceTape(towers, chains(self._folds))
         watch = self._recorder or self._tape
         assert watch is not None
         start = self._now()
@@ -101,7 +108,9 @@ class Visit:
         vision_done = self._now()
         with torch.no_grad():
             embeds = model.embed_prompt(batch, tokens_TNH.detach(), processor.image_token_id)
-            self.texts = model.generate(embeds, batch.mask_BP, processor.eos_id, max_new_tokens)
+            if texts is None:
+                texts = model.generate(embeds, batch.mask_BP, processor.eos_id, max_new_tokens)
+            self.texts = [list(text) for text in texts]
         generated = self._now()
         with torch.enable_grad(), watch:
             embeds = model.embed_prompt(batch, tokens_TNH, processor.image_token_id)
@@ -159,9 +168,17 @@ class Visit:
         finite = tuple(
             bool(torch.isfinite(v)) and math.isfinite(seed.grad_rms) for v, seed in zip(values, seeds, strict=True)
         )
-        seconds = self._now() - start
         return Explained(
-            target, values.detach().cpu(), slope, gradients, relevance, rows, seeds, finite, tokens, seconds
+            target=target,
+            scalar_B=values.detach().cpu(),
+            slope_B=slope,
+            gradients=gradients,
+            relevance=relevance,
+            rows=rows,
+            seeds=seeds,
+            finite=finite,
+            tokens=tokens,
+            seconds=self._now() - start,
         )
 
     def _fold(
@@ -174,24 +191,65 @@ class Visit:
         weights = torch.zeros(gradient_BLH.shape[:2], device=unit.device)
         for b, (r, seed) in enumerate(zip(rows, seeds, strict=True)):
             if 0 < seed.grad_rms < math.inf:  # nothing flows for a frame without a usable gradient
-                unit[b, r] = gradient_BLH[b, r] * (STRENGTH / seed.grad_rms)
+                unit[b, r] = gradient_BLH[b, r] / seed.grad_rms  # of a size that no precision minds
                 weights[b, r] = seed.weights
-        tape.start(language=weights, vision=self._vision_seeds)
+        tape.start(language=dict.fromkeys([*self._folds, FIRST_HOP], weights), vision=self._vision_seeds)
         torch.autograd.grad(d.hidden_BLH, self._leaf, grad_outputs=unit, retain_graph=keep_graph)
-        relevance = {tower: tape.rows(tower) for tower in ("language", "vision")}
+        relevance = {"language": self._summed("language"), "vision": self._summed("vision")}
         tape.start()  # lets go of _vision_seeds: a cycle would keep this visit's whole graph until the next collection
         return relevance
 
-    def _vision_seeds(self) -> dict[str, Tensor]:
+    def _summed(self, tower: str) -> dict[str, Tensor]:
+        """Fold -> [B, L] or [tiles, N], series summed at the scale that the first hop asks for."""
+        assert self._tape is not None
+        rows = self._tape.rows(tower)
+        first = rows.pop(FIRST_HOP, None)
+        if first is None:
+            return rows
+        scale = self._scale(tower, first)
+        # A uniform start says nothing: of the vision tower alone, what has moved from there counts.
+        skip = 1 if tower == "vision" else 0
+        return {fold: sum_series(r, scale, skip) if r.dim() == 3 else r for fold, r in rows.items()}
+
+    def _scale(self, tower: str, first_hop: Tensor) -> Tensor:
+        """[B] or [tiles], see explain/chain.py: tiles of a frame share its scale."""
+        mass = first_hop.sum(-1)
+        if tower == "language":
+            return hop_scale(mass, len(self.model.language.model.layers), self.strength)
+        of_frames = torch.stack([mass[tiles].sum() for tiles in self.tile_slices])
+        return self._per_tile(hop_scale(of_frames, len(self.model.vision.encoder.layer), self.strength))
+
+    def _per_tile(self, values_B: Tensor) -> Tensor:
+        counts = torch.tensor([t.stop - t.start for t in self.tile_slices], device=values_B.device)
+        return values_B.repeat_interleave(counts)
+
+    def _vision_seeds(self) -> dict[str, Start]:
         assert self._tape is not None
         config, d = self.model.config, self.decision
         groups = patch_groups(config.patch_grid, round(1 / config.downsample_ratio))
         # Image tokens lie in the prompt; the final pass has shifted it by its own padding.
         starts = [s - (self._image_B.shape[1] - p) for s, p in zip(d.starts, d.prompt_lengths, strict=True)]
         columns = [torch.nonzero(image).squeeze(1) + s for image, s in zip(self._image_B, starts, strict=True)]
-        return {
-            kind: cross_projector(
-                torch.cat([row[c] for row, c in zip(rows, columns, strict=True)]).view(-1, len(groups)), groups
-            )
-            for kind, rows in self._tape.rows("language").items()
-        }
+        rows, first = self._summed("language"), self._tape.rows("language").get(FIRST_HOP)
+        scale_T = 1.0 if first is None else self._per_tile(self._scale("language", first))
+        device = d.hidden_BLH.device
+
+        def start(fold: str) -> Start:
+            # Only relevancy is a product of gradients; the other rules are linear in them, or have none.
+            scale = scale_T if FOLDS[fold].vision.rule == "product" else 1.0
+            tokens = torch.cat([row[c] for row, c in zip(rows[fold], columns, strict=True)])
+            return Start(cross_projector(tokens.view(-1, len(groups)), groups), scale)
+
+        uniform = torch.cat([uniform_seed(t.stop - t.start, groups.numel()) for t in self.tile_slices]).to(device)
+        vit = {fold: Start(uniform) for fold in (*self._folds, FIRST_HOP) if fold not in rows}
+        return vit | {fold: start(fold) for fold in self._folds if fold in rows}
+
+    def relevance(self, explained: Explained, b: int) -> Relevance:
+        """What the folds gave frame `b`, its padding cut away."""
+        start, tiles = self.decision.starts[b], self.tile_slices[b]
+        language, vision = explained.relevance["language"], explained.relevance["vision"]
+        return Relevance(
+            {fold: r[b, start:].float() for fold, r in language.items()},
+            {fold: r[tiles, 1:].float() for fold, r in vision.items()},
+            {fold: r[tiles, 0].float() for fold, r in vision.items()},
+        )

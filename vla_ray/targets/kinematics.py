@@ -110,13 +110,18 @@ def yaw_rate_energy(speed_wps: Tensor, dt: float = DT) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Kinematic:
-    """A scalar by name. `function` takes (points) if `head` is route, (points, dt) if it is speed."""
+    """A scalar by name. `function` takes (points) if `head` is route, (points, dt) if it is speed.
+
+    `acts` says which evidence a map should show first: what raises the scalar (a manoeuvre's energy), what lowers it
+    (progress: a red light is evidence *against* it), or what pushes it away from zero (a signed offset).
+    """
 
     name: str
     head: Head
     unit: str
     description: str
     function: Callable[..., Tensor]
+    acts: Literal["raising", "lowering", "outward"] = "raising"
 
 
 KINEMATICS: dict[str, Kinematic] = {
@@ -125,10 +130,17 @@ KINEMATICS: dict[str, Kinematic] = {
         Kinematic("curv_energy", "route", "1/m^2", "sum of squared curvature of the route", curv_energy),
         Kinematic("curv_diff", "route", "1/m^2", "sum of squared curvature changes along the route", curv_diff),
         Kinematic(
-            "lateral_offset", "route", "m", "lateral position of the route's end, right positive", lateral_offset
+            "lateral_offset",
+            "route",
+            "m",
+            "lateral position of the route's end, right positive",
+            lateral_offset,
+            "outward",
         ),
-        Kinematic("longitudinal_progress", "speed", "m", "distance travelled forward", longitudinal_progress),
-        Kinematic("forward_speed", "speed", "m/s", "mean forward speed", forward_speed),
+        Kinematic(
+            "longitudinal_progress", "speed", "m", "distance travelled forward", longitudinal_progress, "lowering"
+        ),
+        Kinematic("forward_speed", "speed", "m/s", "mean forward speed", forward_speed, "lowering"),
         Kinematic("acc_energy", "speed", "(m/s^2)^2", "sum of squared longitudinal acceleration", acc_energy),
         Kinematic("brake_energy", "speed", "(m/s^2)^2", "sum of squared longitudinal deceleration", brake_energy),
         Kinematic("jerk_energy", "speed", "(m/s^3)^2", "sum of squared longitudinal jerk", jerk_energy),
@@ -143,6 +155,12 @@ def kinematic(name: str) -> Kinematic:
         known = ", ".join(KINEMATICS)
         raise TargetError(f"unknown kinematic_metric {name!r}; known: {known}.{nearest(name, KINEMATICS)}")
     return KINEMATICS[name]
+
+
+def acting_direction(name: str, value: float) -> Literal["positive", "negative"]:
+    """Which fold shows the evidence that acts: see `Kinematic.acts`. A text token's is positive."""
+    acts = KINEMATICS[name].acts if name in KINEMATICS else "raising"
+    return "negative" if acts == "lowering" or (acts == "outward" and value < 0) else "positive"
 
 
 def kinematic_scalar(name: str, route: Tensor, speed_wps: Tensor, spline: Spline | None = None) -> Tensor:

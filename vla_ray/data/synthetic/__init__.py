@@ -5,6 +5,7 @@ Deterministic: a seed gives the same bytes every time.
 """
 
 from vla_ray.data.synthetic.demo import DEMO_DRIVES, write_demo
+from vla_ray.data.synthetic.held_out import decisive_scenes, is_decisive
 from vla_ray.data.synthetic.render import MASKS, causal_mask, project, render
 from vla_ray.data.synthetic.sampling import drive, sample_scene
 from vla_ray.data.synthetic.world import (
@@ -16,10 +17,11 @@ from vla_ray.data.synthetic.world import (
     Thing,
     advance,
     commentary,
+    effect,
     expert,
     target_points,
 )
-from vla_ray.data.synthetic.write import Truth, effect, read_truth, write_scene
+from vla_ray.data.synthetic.write import Truth, read_truth, write_scene
 
 __all__ = [
     "CAUSES",
@@ -34,9 +36,11 @@ __all__ = [
     "advance",
     "causal_mask",
     "commentary",
+    "decisive_scenes",
     "drive",
     "effect",
     "expert",
+    "is_decisive",
     "project",
     "read_truth",
     "render",

@@ -225,6 +225,12 @@ def expert(scene: Scene, ignore_cause: bool = False) -> Plan:
     return Plan(route, along_path(scene, driven[every - 1 :: every]))
 
 
+def effect(scene: Scene) -> float:
+    """Mean distance (m) between the expert's speed waypoints with and without the cause."""
+    with_cause, without = expert(scene).speed_waypoints, expert(scene, ignore_cause=True).speed_waypoints
+    return float(np.linalg.norm(with_cause - without, axis=-1).mean())
+
+
 def target_points(scene: Scene) -> FloatArray:
     """The next two route nodes [2, 2], ego frame, m: the first one 7-20 m ahead, the second one 8-13 m further on.
 

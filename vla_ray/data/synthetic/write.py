@@ -1,7 +1,7 @@
 """Synthetic frames as a scene directory: what the jobs read, and beside it what is true.
 
 <directory>/images/<stem>.png        the pictures
-<directory>/frames.jsonl             one line per frame: image, speed_mps, target_points, question
+<directory>/frames.jsonl             one line per frame: image, speed_mps, target_points, question, camera
 <directory>/truth/masks/<stem>.png   palette image: 0 neither, 1 cause, 2 markings, 3 distractor (see `causal_mask`)
 <directory>/truth/truth.jsonl        one line per frame: seed, cause, commentary, the expert's plan, the camera
 """
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vla_ray.data.camera import Camera
 from vla_ray.data.synthetic.render import CAMERA_HEIGHT_M, FOV_DEG, MASKS, causal_mask, render
 from vla_ray.data.synthetic.sampling import sample_scene
 from vla_ray.data.synthetic.world import (
@@ -24,6 +25,7 @@ from vla_ray.data.synthetic.world import (
     Scene,
     cause_distance,
     commentary,
+    effect,
     expert,
     target_points,
 )
@@ -50,6 +52,7 @@ def write_scene(
     scenes: Iterable[Scene | int],
     width: int = 448,
     with_target_points: bool = True,
+    question: str | None = None,
 ) -> Path:
     """Write frames and their truth; equal arguments give equal bytes.
 
@@ -57,6 +60,7 @@ def write_scene(
         scenes: moments (as from `drive`), or seeds of independent frames.
         with_target_points: whether frames carry target points; without them the prompt says to follow the road, and the
             route must be read from the picture.
+        question: asked instead of the default one, in every frame; `{speed}` stands for the speed in m/s.
 
     Returns:
         The scene directory.
@@ -77,7 +81,8 @@ def write_scene(
                 "image": f"images/{stem}.png",
                 "speed_mps": round(scene.speed, 2),
                 "target_points": None if points is None else _rounded(points),
-                "question": None,
+                "question": question and question.replace("{speed}", f"{scene.speed:.1f}"),
+                "camera": camera(scene).to_dict(),
             }
         )
         truths.append({"image": f"images/{stem}.png", **_truth(scene)})
@@ -112,10 +117,9 @@ def read_truth(directory: str | Path) -> dict[str, Truth]:
     return found
 
 
-def effect(scene: Scene) -> float:
-    """Mean distance (m) between the expert's speed waypoints with and without the cause."""
-    with_cause, without = expert(scene).speed_waypoints, expert(scene, ignore_cause=True).speed_waypoints
-    return float(np.linalg.norm(with_cause - without, axis=-1).mean())
+def camera(scene: Scene) -> Camera:
+    """The camera that `render` draws with. Nine digits: 1e-9 rad are less than a millionth of a pixel."""
+    return Camera(FOV_DEG, CAMERA_HEIGHT_M, behind_m=0.0, pitch_rad=round(scene.look.pitch, 9))
 
 
 def _truth(scene: Scene) -> dict[str, object]:

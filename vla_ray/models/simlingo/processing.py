@@ -52,7 +52,7 @@ def make_tiler(config: SimLingoConfig) -> Tiler:
 
 def normalise(tiles_TSS3: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """uint8 [T, S, S, 3] -> float32 [T, 3, S, S] with ImageNet mean and deviation."""
-    x = torch.as_tensor(np.asarray(tiles_TSS3)).to(device).permute(0, 3, 1, 2).float().div(255)
+    x = torch.as_tensor(np.require(tiles_TSS3, requirements="W")).to(device).permute(0, 3, 1, 2).float().div(255)
     mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (x - mean) / std
 

@@ -1,0 +1,183 @@
+"""The faithfulness job: measure a run's maps, then tables, a figure, and what is in doubt.
+
+A run of its own inside the run it measures, `<output_dir>/<run>/faithfulness/`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator, Sequence
+from functools import partial
+
+import numpy as np
+import pyarrow.compute as pc
+from omegaconf import OmegaConf
+
+from vla_ray.config import FaithfulnessConfig
+from vla_ray.data.masks import MaskRef, find_masks
+from vla_ray.data.scenes import FrameRef
+from vla_ray.errors import ConfigError, RunError
+from vla_ray.evaluation.faithfulness import summarise, write_summary
+from vla_ray.explain.faithfulness.baselines import mean_map
+from vla_ray.pipelines.captured import Captured, read_captured
+from vla_ray.pipelines.driver import Driver, Job, Todo, select
+from vla_ray.report.build import build_report
+from vla_ray.report.shown import read_scene_maps
+from vla_ray.schema import OK
+from vla_ray.stages.faithfulness import Companion, FaithfulnessReplica, FaithfulnessSpec
+from vla_ray.stages.maps import read_map
+from vla_ray.stages.payloads import estimate_bytes
+from vla_ray.stages.replica import DTYPES, ModelSpec
+from vla_ray.stages.work import Summary
+from vla_ray.storage.files import Location
+from vla_ray.storage.ledger import read_metrics
+from vla_ray.targets import Spline
+
+
+def faithfulness(config: FaithfulnessConfig) -> int:
+    """Measure or resume; returns the exit code (0 fine, 1 too many failed frames, 130 or 143 stopped)."""
+    location = Location.of(config.output_dir) / config.run
+    maps = location / config.maps
+    explained = read_captured(maps)
+    if explained is None:
+        raise RunError(f"{maps} holds no maps. Make them first: python jobs/explain.py run={config.run}")
+    methods = explained.document["settings"]["methods"]
+    if config.reference not in methods:
+        raise ConfigError(
+            f"reference={config.reference} is not among the maps of {maps} ({', '.join(methods)}). Choose one of these."
+        )
+    model = read_captured(location) or explained  # a capture knows its model; maps made online are their own
+    frames = select(explained.frames, config.every, config.limit)
+    driver = Driver(_job(config, location, frames, explained))
+    if driver.is_finished:
+        code = driver.report_finished()
+    else:
+        work = FaithfulnessWork(config, maps, frames, explained, model)
+        if config.dry_run:
+            return driver.report_dry_run([f"methods: {', '.join(methods)}"])
+        code = driver.execute(work)
+    if code in (0, 1) and not config.dry_run:
+        summary = summarise(driver.location, maps)
+        write_summary(driver.location, summary)
+        sys.stdout.write(summary.text + f"\n  tables   {driver.location / 'table.md'}\n")
+        if config.report:
+            built = build_report(location, config.maps, overlays=False)
+            sys.stdout.write(f"  report   {built.page}  (open it in a browser)\n")
+    return code
+
+
+def _job(config: FaithfulnessConfig, location: Location, frames: Sequence[FrameRef], explained: Captured) -> Job:
+    return Job(
+        name="faithfulness",
+        output_dir=str(location),
+        run=config.scores,
+        frames=frames,
+        targets=[t.name for t in explained.targets],
+        mode=explained.targets[0].mode,
+        settings={
+            "maps": explained.identity,
+            "reference": config.reference,
+            "masks_subdir": config.masks_subdir,
+            "num_random": config.num_random,
+            "regenerate": config.regenerate,
+            "randomise": config.randomise,
+            "seed": config.seed,
+        },
+        checkpoints=explained.document["checkpoints"],
+        config_yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
+        max_error_rate=config.max_error_rate,
+        retry_failed=config.retry_failed,
+        wandb=config.wandb,
+    )
+
+
+class FaithfulnessWork:
+    """Called with what is to do, yields summaries."""
+
+    def __init__(
+        self,
+        config: FaithfulnessConfig,
+        maps: Location,
+        frames: Sequence[FrameRef],
+        explained: Captured,
+        model: Captured,
+    ) -> None:
+        from vla_ray.pipelines.model_work import ModelWork  # transformers: only when there is work
+
+        self.config, self.maps, self.frames, self.explained, self.model = config, maps, frames, explained, model
+        self.work = ModelWork(config, model.model)
+
+    def __call__(self, todo: Todo) -> Generator[Summary, None, None]:
+        config = self.config
+        masks = find_masks(self.frames, config.masks_subdir)
+        spec = FaithfulnessSpec(
+            run_dir=todo.location,
+            maps=self.maps,
+            targets=self.explained.targets,
+            spline=Spline(**vars(self.model.spline)),
+            reference=config.reference,
+            priors=priors(self.maps, config.reference),
+            masks={frame_id: mask.path for frame_id, mask in masks.items()},
+            companions=companions(self.frames, masks),
+            regenerate=_spread(self.frames, config.regenerate),
+            randomise=_spread(self.frames, config.randomise),
+            num_random=config.num_random,
+            seed=config.seed,
+        )
+
+        def make_replica(model: ModelSpec) -> partial[FaithfulnessReplica]:
+            return partial(FaithfulnessReplica, spec, model)
+
+        return self.work.run(todo, "SimLingoFaithfulness", self._frame_bytes, make_replica)
+
+    def _frame_bytes(self, dtype: str) -> float:
+        # Eight changed pictures go through the model at once, without a graph.
+        return 0.5 * estimate_bytes("full", self.work.model, DTYPES[dtype])
+
+
+def priors(maps: Location, method: str) -> dict[tuple[str, str], np.ndarray]:
+    """(target, scene) -> the mean map of all *other* scenes; of all frames where there is one scene only.
+
+    What such a map scores is what a method gets for knowing where causes usually are.
+    """
+    table = read_metrics(maps, ["frame_id", "scene", "target", "status", "payload_path"])
+    rows = table.filter(pc.equal(table["status"], OK)).to_pylist()
+    found: dict[str, dict[str, list[np.ndarray]]] = {}
+    for (_, target), several in read_scene_maps(maps, rows).items():
+        for row in several:
+            if row["method"] == method:
+                values = read_map(row).combined().values
+                found.setdefault(target, {}).setdefault(row["scene"], []).append(values)
+    result = {}
+    for target, scenes in found.items():
+        means = {scene: (len(values), mean_map(values)) for scene, values in scenes.items()}
+        for scene in scenes:
+            others = {s: m for s, m in means.items() if s != scene} or means
+            weight = sum(n for n, _ in others.values())
+            shapes = {m.shape for _, m in others.values()}
+            if len(shapes) == 1:  # scenes of other sizes have other grids: no common prior
+                result[target, scene] = np.sum([n * m for n, m in others.values()], axis=0) / weight
+    return result
+
+
+def companions(frames: Sequence[FrameRef], masks: dict[str, MaskRef]) -> dict[str, Companion]:
+    """Another frame for each: of another scene and the same cause where there is one, else of another scene."""
+    found = {}
+    count = len(frames)
+    for i, frame in enumerate(frames):
+        own = masks.get(frame.frame_id, MaskRef("")).cause
+        others = [frames[(i + k) % count] for k in range(1, count)]
+        elsewhere = [f for f in others if f.scene != frame.scene] or others
+        alike = [f for f in elsewhere if own and masks.get(f.frame_id, MaskRef("")).cause == own]
+        if not elsewhere:
+            continue
+        other = (alike or elsewhere)[0]
+        mask = masks.get(other.frame_id)
+        found[frame.frame_id] = Companion(other.image, mask.path if mask and alike else None)
+    return found
+
+
+def _spread(frames: Sequence[FrameRef], count: int) -> frozenset[str]:
+    """This many frames, evenly over the run."""
+    step = max(1, len(frames) // count) if count else 1
+    return frozenset(f.frame_id for f in frames[::step][:count]) if count else frozenset()
