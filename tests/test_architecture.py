@@ -25,6 +25,7 @@ LAYERS = (
     ("explain", "training"),
     ("stages",),
     ("evaluation", "report", "progress", "tracking"),
+    ("policy",),
     ("cluster",),
     ("pipelines",),
     ("command_line",),

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,20 @@ class Cluster:
     largest_node_cpus: float
 
 
+_kept: ExitStack | None = None
+
+
+@contextmanager
+def kept_connection() -> Iterator[None]:
+    """Inside, what the first `connect` opens stays open for the next ones: starting Ray takes seconds."""
+    global _kept
+    with ExitStack() as _kept:
+        try:
+            yield
+        finally:
+            _kept = None
+
+
 @contextmanager
 def connect(settings: ClusterConfig) -> Iterator[Cluster]:
     """Connect to the running cluster, or start Ray inside this process; shut it down at the end.
@@ -55,11 +69,20 @@ def connect(settings: ClusterConfig) -> Iterator[Cluster]:
     Raises:
         ClusterError: no cluster at the address, or it refuses us.
     """
+    if _kept is not None and not ray.is_initialized():
+        yield _kept.enter_context(_connect(settings))
+    else:
+        with _connect(settings) as cluster:
+            yield cluster
+
+
+@contextmanager
+def _connect(settings: ClusterConfig) -> Iterator[Cluster]:
     _set_data_defaults()
-    if ray.is_initialized():  # a notebook or a test that brings its own
-        yield _describe(local=True)
-        return
     address = settings.address or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():  # a notebook or a test that brings its own, or a kept connection
+        yield _describe(local=address in (None, "local"))
+        return
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if address in (None, "local"):
         _start(

@@ -206,8 +206,7 @@ class FaithfulnessConfig(RunConfig):
     num_random: int = _knob(5, "random maps per frame")
     regenerate: int = _knob(8, "frames on which the text is also written anew for every changed picture")
     randomise: int = _knob(8, "frames on which the model's weights are randomised, stage by stage")
-    limit: int | None = _knob(None, "use only the first N frames")
-    every: int = _knob(1, "use every N-th frame of each scene")
+    frames: int | None = _knob(None, "measure N frames, spread evenly over the run; null: all")
     seed: int = _knob(0, "of random maps and orders")
     report: bool = _knob(True, "write report/index.html again, with the tables")
 
@@ -216,8 +215,32 @@ class FaithfulnessConfig(RunConfig):
         _at_least("num_random", self.num_random, 1)
         for name in ("regenerate", "randomise"):
             _at_least(name, getattr(self, name), 0)
-        _at_least("limit", self.limit, 1)
-        _at_least("every", self.every, 1)
+        _at_least("frames", self.frames, 1)
+
+
+@dataclass(frozen=True)
+class PipelineConfig(FramesConfig):
+    """Capture, maps by several methods, faithfulness, report: one command, resumed at whatever stage it was.
+
+    Each stage is what its own job does with the settings of the same names; their --help says more.
+    """
+
+    methods: Any = _knob(
+        ("relevancy", "relevancy_signed", "attention_x_gradient_lm", "rollout", "gradient_x_input"),
+        "one or a list; attention methods are captured, the others asked of the model",
+    )
+    payload: str = _knob("relevance", "full | reduced | relevance")
+    strength: float = _knob(0.2, "of relevancy: how much one hop moves; of full and reduced payloads only")
+    masks_subdir: str = _knob("truth/masks", "where a scene keeps masks of what matters; may be missing")
+    num_random: int = _knob(5, "random maps per frame, to compare with")
+    regenerate: int = _knob(8, "frames on which the text is also written anew")
+    randomise: int = _knob(8, "frames on which the model's weights are randomised")
+    measure: int | None = _knob(None, "measure the maps of N frames, spread evenly over the run; 0: none; null: all")
+    seed: int = _knob(0, "of random masks, maps and orders")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("measure", self.measure, 0)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def here(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("this must be refused before Ray starts")
 
-    monkeypatch.setattr("vla_ray.pipelines.capture_work.connect", refuse)
+    monkeypatch.setattr("vla_ray.pipelines.model_work.connect", refuse)
     handlers, level = logging.root.handlers[:], logging.root.level
 
     def run(job: str, *overrides: str) -> Ended:

@@ -81,7 +81,7 @@ def test_an_interrupted_run_goes_on(
     assert len(payloads(run)) == 8
     assert left_behind(run) == []
 
-    monkeypatch.setattr("vla_ray.pipelines.capture_work.connect", lambda *_: pytest.fail("no Ray is needed"))
+    monkeypatch.setattr("vla_ray.pipelines.model_work.connect", lambda *_: pytest.fail("no Ray is needed"))
     monkeypatch.setattr("vla_ray.pipelines.capture_work.CaptureWork", lambda *_: pytest.fail("no model is needed"))
     capsys.readouterr()
     assert capture(config) == 0

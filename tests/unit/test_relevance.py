@@ -187,7 +187,8 @@ def test_towers_follow_each_other_and_targets_do_not_mix() -> None:
         model.set_attn_implementation(IMPLEMENTATION)
     leaf = torch.randn(1, 10, 32, requires_grad=True)
     tape = RelevanceTape(
-        {"vision": vision, "language": language}, dict.fromkeys(("vision", "language"), {"positive": Chain("positive")})
+        {"vision": vision, "language": language},
+        {"vision": {"positive": Chain("positive")}, "language": {"positive": Chain("positive")}},
     )
     with tape:
         tokens = join(hidden(vision, leaf, None)[:, 1:])

@@ -15,10 +15,10 @@ from torch import Tensor
 from vla_ray.attention import IMPLEMENTATION
 from vla_ray.data.tiles import TileGeometry
 from vla_ray.explain.chain import STRENGTH, cross_projector, patch_groups, seed_of
-from vla_ray.models.simlingo import load_model, load_processor
-from vla_ray.models.simlingo.config import read_config
 from vla_ray.explain.folds import FOLDS
 from vla_ray.explain.matrices import relevance_of
+from vla_ray.models.simlingo import load_model, load_processor
+from vla_ray.models.simlingo.config import read_config
 from vla_ray.stages.payloads import build_payload
 from vla_ray.stages.visit import Visit
 from vla_ray.stages.work import FrameRef

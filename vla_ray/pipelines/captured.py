@@ -13,7 +13,7 @@ from vla_ray.data.scenes import FrameRef
 from vla_ray.errors import RunError
 from vla_ray.storage.files import Location, read_json
 from vla_ray.storage.ledger import read_metrics
-from vla_ray.targets import Target, parse_targets
+from vla_ray.targets import Target, named_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def read_captured(location: Location) -> Captured | None:
     job = document.get("settings", {}).get("job")
     if job not in ("capture", "explain"):
         raise RunError(f"{location} is a run of {job}, not of capture. Give the run=NAME of a capture.")
-    table = read_metrics(location, ["frame_id", "target", "frame", "mode"])
+    table = read_metrics(location, ["frame_id", "target", "frame"])
     if not table.num_rows:
         raise RunError(f"{location} has no rows yet. Finish it first: run the capture again.")
     seen: dict[str, FrameRef] = {}
@@ -58,11 +58,10 @@ def read_captured(location: Location) -> Captured | None:
         if frame_id not in seen:
             seen[frame_id] = FrameRef.from_dict(json.loads(text))
     names = set(table["target"].to_pylist())
-    modes = dict(zip(table["target"].to_pylist(), table["mode"].to_pylist(), strict=True))
     config = OmegaConf.to_container(OmegaConf.create((location / "config.yaml").read_bytes().decode()))
     assert isinstance(config, dict)
     order = [t for t in document["fingerprint"].get("targets", ()) if t in names]
-    targets = [_target(name, modes[name]) for name in [*order, *sorted(names - set(order))]]
+    targets = [named_target(name) for name in [*order, *sorted(names - set(order))]]
     return Captured(
         location,
         document,
@@ -71,12 +70,3 @@ def read_captured(location: Location) -> Captured | None:
         ModelConfig(**config["model"]),
         SplineConfig(**config["spline"]),
     )
-
-
-def _target(name: str, mode: str) -> Target:
-    if mode == "action":
-        return parse_targets("action", name)[0]
-    strategy = name.removeprefix("text_")
-    if strategy.isdigit():
-        return parse_targets("text", text_token_strategy="index", text_token_index=int(strategy))[0]
-    return parse_targets("text", text_token_strategy=strategy)[0]

@@ -20,7 +20,7 @@ from vla_ray.errors import ConfigError, RunError
 from vla_ray.evaluation.faithfulness import summarise, write_summary
 from vla_ray.explain.faithfulness.baselines import mean_map
 from vla_ray.pipelines.captured import Captured, read_captured
-from vla_ray.pipelines.driver import Driver, Job, Todo, select
+from vla_ray.pipelines.driver import Driver, Job, Todo
 from vla_ray.report.build import build_report
 from vla_ray.report.shown import read_scene_maps
 from vla_ray.schema import OK
@@ -47,7 +47,7 @@ def faithfulness(config: FaithfulnessConfig) -> int:
             f"reference={config.reference} is not among the maps of {maps} ({', '.join(methods)}). Choose one of these."
         )
     model = read_captured(location) or explained  # a capture knows its model; maps made online are their own
-    frames = select(explained.frames, config.every, config.limit)
+    frames = spread(explained.frames, len(explained.frames) if config.frames is None else config.frames)
     driver = Driver(_job(config, location, frames, explained))
     if driver.is_finished:
         code = driver.report_finished()
@@ -119,8 +119,8 @@ class FaithfulnessWork:
             priors=priors(self.maps, config.reference),
             masks={frame_id: mask.path for frame_id, mask in masks.items()},
             companions=companions(self.frames, masks),
-            regenerate=_spread(self.frames, config.regenerate),
-            randomise=_spread(self.frames, config.randomise),
+            regenerate=frozenset(f.frame_id for f in spread(self.frames, config.regenerate)),
+            randomise=frozenset(f.frame_id for f in spread(self.frames, config.randomise)),
             num_random=config.num_random,
             seed=config.seed,
         )
@@ -177,7 +177,7 @@ def companions(frames: Sequence[FrameRef], masks: dict[str, MaskRef]) -> dict[st
     return found
 
 
-def _spread(frames: Sequence[FrameRef], count: int) -> frozenset[str]:
-    """This many frames, evenly over the run."""
-    step = max(1, len(frames) // count) if count else 1
-    return frozenset(f.frame_id for f in frames[::step][:count]) if count else frozenset()
+def spread(frames: Sequence[FrameRef], count: int) -> list[FrameRef]:
+    """This many frames, evenly over the run: the middle one of each of `count` equal parts."""
+    count = min(count, len(frames))
+    return [frames[(2 * i + 1) * len(frames) // (2 * count)] for i in range(count)]

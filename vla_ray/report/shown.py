@@ -16,7 +16,7 @@ from vla_ray.explain.methods import METHODS
 from vla_ray.report.page import ShownFrame, ShownMap, ShownTarget
 from vla_ray.schema import FAILED, KINEMATIC_COLUMNS, MAPS
 from vla_ray.stages.maps import read_map
-from vla_ray.storage.files import Location
+from vla_ray.storage.files import Location, read_json
 from vla_ray.storage.fragments import read_rows
 from vla_ray.storage.ledger import read_metrics
 from vla_ray.targets import KINEMATICS
@@ -39,8 +39,11 @@ def read_scenes(maps_run: Location) -> Iterator[tuple[str, list[ShownFrame]]]:
     table = read_metrics(maps_run)
     if not table.num_rows:
         raise RunError(f"{maps_run} holds no maps. Make them first: python jobs/explain.py run=NAME")
+    document = read_json(maps_run / "run.json") or {}
+    order = {name: i for i, name in enumerate(document.get("fingerprint", {}).get("targets", ()))}
     for scene in sorted(pc.unique(table["scene"]).to_pylist(), key=natural_key):
         rows = table.filter(pc.equal(table["scene"], scene)).to_pylist()
+        rows.sort(key=lambda row: order.get(row["target"], len(order)))  # as they were asked for
         maps = read_scene_maps(maps_run, rows)
         by_frame: dict[str, list[dict[str, Any]]] = {}
         for row in rows:

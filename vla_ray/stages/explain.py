@@ -20,10 +20,10 @@ from vla_ray.explain.methods import Method, folds_of
 from vla_ray.explain.question import Question
 from vla_ray.schema import DEGENERATE, FAILED, MAPS, METRICS, OK, PAYLOAD_SCHEMA_VERSION
 from vla_ray.stages.capture import check_finite
-from vla_ray.stages.maps import fold_rows
-from vla_ray.stages.original_maps import original_rows
+from vla_ray.stages.maps import fold_maps
+from vla_ray.stages.original_maps import original_maps
 from vla_ray.stages.payloads import NonFiniteTarget, token_spans
-from vla_ray.stages.pixel_maps import PixelOptions, pixel_rows
+from vla_ray.stages.pixel_maps import PixelOptions, pixel_maps
 from vla_ray.stages.replica import ModelReplica, ModelSpec, about, failed
 from vla_ray.stages.visit import Explained, Visit
 from vla_ray.stages.work import Loaded, Row
@@ -89,10 +89,9 @@ class OnlineExplainer(ModelReplica):
         start, value = visit.decision.starts[b], float(explained.scalar_B[b])
         seed_row = torch.zeros(visit.decision.hidden_BLH.shape[1] - start)
         seed_row[explained.rows[b].start - start : explained.rows[b].stop - start] = seed.weights.cpu()
-        maps = fold_rows(
+        maps = fold_maps(
             self.spec.methods,
             visit.relevance(explained, b).cpu(),
-            (ref.frame_id, ref.scene),
             target,
             value,
             frame.geometry,
@@ -102,9 +101,8 @@ class OnlineExplainer(ModelReplica):
         question = Question(
             self.model, self.processor, visit.prompts[b], visit.texts[b], target, self.spline, explained.tokens[b]
         )
-        return maps + pixel_rows(
-            self.spec.methods, question, frame.tiles, frame.geometry, (ref.frame_id, ref.scene), self.spec.pixels
-        )
+        maps += pixel_maps(self.spec.methods, question, frame.tiles, frame.geometry, self.spec.pixels)
+        return [m.row(ref.frame_id, ref.scene, target.name) for m in maps]
 
 
 class PayloadExplainer:
@@ -165,7 +163,6 @@ class PayloadExplainer:
         self, frame: Loaded, target: Target, captured: Mapping[str, Any], content: Mapping[str, Any]
     ) -> list[Row]:
         geometry = TileGeometry.from_dict(json.loads(captured["geometry"]))
-        ids = (captured["frame_id"], captured["scene"])
         meta, value = content["meta"], float(content["target_scalar"])
         acting = acting_direction(target.name, value)
         # Not the folds of the direction that does not act here: a relevance payload may lack them.
@@ -173,22 +170,14 @@ class PayloadExplainer:
         seed_row = torch.zeros(meta["spans"]["speed_queries"][1])
         seed_row[meta["seed"]["rows"]] = meta["seed"]["weights"].float()
         relevance = relevance_of(content, folds, self.spec.strength)
-        maps = fold_rows(self.spec.methods, relevance, ids, target, value, geometry, meta["spans"], seed_row)
-        maps += original_rows(self.spec.methods, content, ids, target.name, geometry)
-        if self.asker is None:
-            return maps
-        assert frame.tiles is not None
-        prompt = self.asker.prompt(frame)
-        question = Question(
-            self.asker.model,
-            self.asker.processor,
-            prompt,
-            captured["text_ids"],
-            target,
-            self.spec.spline,
-            captured["token_index"],
-        )
-        return maps + pixel_rows(self.spec.methods, question, frame.tiles, geometry, ids, self.spec.pixels)
+        maps = fold_maps(self.spec.methods, relevance, target, value, geometry, meta["spans"], seed_row)
+        maps += original_maps(self.spec.methods, content, geometry)
+        if self.asker is not None:
+            assert frame.tiles is not None
+            prompt, text, token = self.asker.prompt(frame), captured["text_ids"], captured["token_index"]
+            question = Question(self.asker.model, self.asker.processor, prompt, text, target, self.spec.spline, token)
+            maps += pixel_maps(self.spec.methods, question, frame.tiles, geometry, self.spec.pixels)
+        return [m.row(captured["frame_id"], captured["scene"], target.name) for m in maps]
 
 
 def _written(run_dir: Location, rows: list[Row], maps: list[Row]) -> list[Row]:

@@ -1,14 +1,16 @@
-"""A map as a row on disk, and back."""
+"""Maps of the attention methods, and any map as a row on disk and back."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vla_ray.data.tiles import TileGeometry
 from vla_ray.explain.folds import Relevance
@@ -19,39 +21,47 @@ from vla_ray.targets import Target, acting_direction
 Row = dict[str, Any]
 
 
-def map_row(
-    frame_id: str,
-    scene: str,
-    target: str,
-    method: Method,
-    direction: str,
-    heat: HeatMap,
-    standard_error: NDArray[np.floating] | None = None,
-    **columns: Any,
-) -> Row:
-    """A row of MAPS. Values are kept as float16 times a power of two, so that small ones do not vanish."""
-    parts = [x for x in (heat.values, heat.thumbnail, standard_error) if x is not None]
-    top = max(float(np.abs(x).max(initial=0.0)) for x in parts)
-    scale = 2.0 ** math.floor(math.log2(top)) if top > 0 else 1.0
+@dataclass(frozen=True, slots=True)
+class MadeMap:
+    """A map of one frame and target.
 
-    def stored(values: NDArray[np.floating] | None) -> NDArray[np.float16] | None:
-        return None if values is None else (values / scale).astype(np.float16).ravel()
+    Attributes:
+        direction: which evidence it shows.
+        columns: what else a row of MAPS says of it: shares, completeness_error, forwards ...
+        standard_error: of its values, on the same grid.
+    """
 
-    return {
-        "frame_id": frame_id,
-        "scene": scene,
-        "target": target,
-        "method": method.name,
-        "direction": direction,
-        "rows": heat.values.shape[0],
-        "columns": heat.values.shape[1],
-        "values": stored(heat.values),
-        "thumbnail": stored(heat.thumbnail),
-        "standard_error": stored(standard_error),
-        "scale": scale,
-        "geometry": json.dumps(heat.geometry.to_dict()),
-        **columns,
-    }
+    method: Method
+    direction: str
+    heat: HeatMap
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    standard_error: NDArray[np.floating] | None = None
+
+    def row(self, frame_id: str, scene: str, target: str) -> Row:
+        """A row of MAPS. Values are kept as float16 times a power of two, so that small ones do not vanish."""
+        heat = self.heat
+        parts = [x for x in (heat.values, heat.thumbnail, self.standard_error) if x is not None]
+        top = max(float(np.abs(x).max(initial=0.0)) for x in parts)
+        scale = 2.0 ** math.floor(math.log2(top)) if top > 0 else 1.0
+
+        def stored(values: NDArray[np.floating] | None) -> NDArray[np.float16] | None:
+            return None if values is None else (values / scale).astype(np.float16).ravel()
+
+        return {
+            "frame_id": frame_id,
+            "scene": scene,
+            "target": target,
+            "method": self.method.name,
+            "direction": self.direction,
+            "rows": heat.values.shape[0],
+            "columns": heat.values.shape[1],
+            "values": stored(heat.values),
+            "thumbnail": stored(heat.thumbnail),
+            "standard_error": stored(self.standard_error),
+            "scale": scale,
+            "geometry": json.dumps(heat.geometry.to_dict()),
+            **self.columns,
+        }
 
 
 def read_map(row: Mapping[str, Any]) -> HeatMap:
@@ -64,39 +74,35 @@ def read_map(row: Mapping[str, Any]) -> HeatMap:
     return HeatMap(values, TileGeometry.from_dict(json.loads(row["geometry"])), thumbnail)
 
 
-def fold_rows(
+def fold_maps(
     methods: Sequence[Method],
     relevance: Relevance,
-    frame: tuple[str, str],
     target: Target,
     value: float,
     geometry: TileGeometry,
     spans: Mapping[str, Sequence[int]],
-    seed_L: Any,
-) -> list[Row]:
+    seed_L: Tensor,
+) -> list[MadeMap]:
     """Maps of the attention methods among `methods`.
 
     Args:
-        frame: its id and scene.
         value: of the target; decides which direction acts.
         seed_L: where the relevance started, [L].
     """
-    rows = []
+    made = []
     for method in methods:
         if method.kind != "fold":
             continue
         acting = acting_direction(target.name, value)
         fold = method.fold_for(acting)
-        direction = method.direction or acting
         heat = assemble(tiles_of(fold, method.tokens, relevance, spans["image"]), geometry)
-        shares = relevance.shares(fold, spans, seed_L)
-        columns: dict[str, Any] = {f"share_{part}": share for part, share in shares.items()}
+        columns = {f"share_{part}": share for part, share in relevance.shares(fold, spans, seed_L).items()}
         if not method.tokens:
             columns["share_cls"] = _share(relevance.cls[fold], relevance.patches[fold])
-        rows.append(map_row(*frame, target.name, method, direction, heat, **columns))
-    return rows
+        made.append(MadeMap(method, method.direction or acting, heat, columns))
+    return made
 
 
-def _share(part: Any, rest: Any) -> float:
+def _share(part: Tensor, rest: Tensor) -> float:
     inside, outside = float(part.abs().sum()), float(rest.abs().sum())
     return inside / (inside + outside) if inside + outside > 0 else 0.0

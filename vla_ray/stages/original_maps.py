@@ -10,7 +10,7 @@ from vla_ray.explain.heatmap import assemble
 from vla_ray.explain.matrices import tower_blocks
 from vla_ray.explain.methods import Method
 from vla_ray.explain.original import original_flow, original_generic, original_raw, original_rollout
-from vla_ray.stages.maps import Row, map_row
+from vla_ray.stages.maps import MadeMap
 
 _ATTENTION_ONLY = {
     "original_raw": original_raw,
@@ -19,29 +19,18 @@ _ATTENTION_ONLY = {
 }
 
 
-def original_rows(
-    methods: Sequence[Method],
-    payload: Mapping[str, Any],
-    frame: tuple[str, str],
-    target: str,
-    geometry: TileGeometry,
-) -> list[Row]:
-    """Rows of the original definitions among `methods`.
-
-    Args:
-        frame: its id and scene.
-    """
+def original_maps(methods: Sequence[Method], payload: Mapping[str, Any], geometry: TileGeometry) -> list[MadeMap]:
+    """Maps by the original definitions among `methods`."""
     wanted = [m for m in methods if m.kind == "original"]
     if not wanted:
         return []
     blocks = tower_blocks(payload, "vision")
     attention = [entry["attn"] for entry in blocks]
-    rows = []
+    made = []
     for method in wanted:
         if method.name in _ATTENTION_ONLY:
             tiles = _ATTENTION_ONLY[method.name](attention)
         else:
             tiles = original_generic(attention, [entry["grad"] for entry in blocks])
-        direction = method.direction or "none"
-        rows.append(map_row(*frame, target, method, direction, assemble(tiles.numpy(), geometry)))
-    return rows
+        made.append(MadeMap(method, method.direction or "none", assemble(tiles.numpy(), geometry)))
+    return made

@@ -21,7 +21,7 @@ from vla_ray.explain.perturb import Probe, blurred, canvas_grid
 from vla_ray.explain.question import Question
 from vla_ray.explain.references import iss, occlusion
 from vla_ray.models.simlingo.processing import normalise
-from vla_ray.stages.maps import Row, map_row
+from vla_ray.stages.maps import MadeMap
 
 ASK_BATCH = 8  # pictures per forward on a CPU: larger batches are no faster there
 GPU_ASK_BATCH = 32
@@ -44,19 +44,17 @@ def make_probe(question: Question, tiles: np.ndarray, geometry: TileGeometry) ->
     return Probe(question, pixels, baseline, geometry, batch)
 
 
-def pixel_rows(
+def pixel_maps(
     methods: Sequence[Method],
     question: Question,
     tiles: np.ndarray,
     geometry: TileGeometry,
-    frame: tuple[str, str],
     options: PixelOptions,
-) -> list[Row]:
-    """Rows of the methods among `methods` that need pixels.
+) -> list[MadeMap]:
+    """Maps of the methods among `methods` that need pixels.
 
     Args:
         tiles: [T, S, S, 3] uint8 of the frame.
-        frame: its id and scene.
 
     Raises:
         TargetError: a gradient or a map is not finite.
@@ -65,11 +63,12 @@ def pixel_rows(
     if not wanted:
         return []
     probe = make_probe(question, tiles, geometry)
-    rows = []
+    made = []
     for method in wanted:
         heat, direction, columns = _MAKERS[method.name](probe, question, options)
-        rows.append(map_row(*frame, question.target.name, method, direction, heat, **columns))
-    return rows
+        error = columns.pop("standard_error", None)
+        made.append(MadeMap(method, direction, heat, columns, error))
+    return made
 
 
 Made = tuple[HeatMap, str, dict[str, Any]]

@@ -133,7 +133,7 @@ class Visit:
     @torch.no_grad()
     def kinematics(self, spline: Spline) -> dict[str, Tensor]:
         """All nine kinematic scalars, [B] each."""
-        return kinematic_scalars(self.decision.route_B202, self.decision.speed_B102, spline)
+        return kinematic_scalars(self.decision.route_B202.detach(), self.decision.speed_B102.detach(), spline)
 
     def explain(self, target: Target, spline: Spline, keep_graph: bool) -> Explained:
         """Differentiate one target. Frames whose value is not finite are left out of the sum (zero gradients)."""

@@ -2,7 +2,7 @@
 
 from vla_ray.targets.kinematics import DT, KINEMATICS, Kinematic, acting_direction, kinematic_scalar, kinematic_scalars
 from vla_ray.targets.spline import Spline
-from vla_ray.targets.target import Target, parse_targets, target_info
+from vla_ray.targets.target import Target, named_target, parse_targets, target_info
 from vla_ray.targets.text import ChosenToken, choose_token, text_target_name
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "choose_token",
     "kinematic_scalar",
     "kinematic_scalars",
+    "named_target",
     "parse_targets",
     "target_info",
     "text_target_name",

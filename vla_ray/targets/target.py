@@ -55,6 +55,16 @@ def parse_targets(
     return tuple(dict.fromkeys(targets))
 
 
+def named_target(name: str) -> Target:
+    """The target of this name: a kinematic scalar, or text_max, text_last, text_<i>. TargetError otherwise."""
+    strategy = name.removeprefix("text_")
+    if strategy == name:
+        return parse_targets("action", name)[0]
+    if strategy.isdigit():
+        return parse_targets("text", text_token_strategy="index", text_token_index=int(strategy))[0]
+    return parse_targets("text", text_token_strategy=strategy)[0]
+
+
 def _text_target(strategy: Strategy, index: int) -> Target:
     name = text_target_name(strategy, index)
     return Target(name, "text", strategy=strategy, index=max(index, 0) if strategy == "index" else None)
