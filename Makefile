@@ -18,10 +18,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: $(READY)   ## capture attention and gradients on the bundled scenes with the bundled tiny driver
-	$(BIN)/python jobs/capture.py run=demo
-	$(BIN)/python jobs/show.py path=outputs/demo
-	@echo; echo "next: source $(VENV)/bin/activate; python jobs/capture.py --help"
+demo: $(READY)   ## the bundled scenes with the bundled tiny driver: relevance, maps, their faithfulness, a report
+	$(BIN)/python jobs/pipeline.py run=demo kinematic_metric=[longitudinal_progress,curv_energy] \
+	    measure=8 regenerate=2 randomise=2
+	@echo; echo "look: outputs/demo/report/index.html; next: source $(VENV)/bin/activate; python jobs/pipeline.py --help"
 
 test: $(READY)   ## unit, Ray and end-to-end tests (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not slow and not chaos"

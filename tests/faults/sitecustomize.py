@@ -55,8 +55,15 @@ def my_turn(point: str, ids: Iterable[str]) -> bool:
     return True
 
 
-def wrap_replica(module: Any) -> None:
-    replica = module.CaptureReplica
+def wrap_replicas(*names: str) -> Callable[[Any], None]:
+    def wrap(module: Any) -> None:
+        for name in names:
+            wrap_replica(getattr(module, name))
+
+    return wrap
+
+
+def wrap_replica(replica: Any) -> None:
     start, process = replica.__init__, replica.process
 
     def faulty_start(self: Any, *args: Any) -> None:
@@ -128,7 +135,8 @@ def wrap_files(module: Any) -> None:
 
 
 WRAP: dict[str, Callable[[Any], None]] = {
-    "vla_ray.stages.capture": wrap_replica,
+    "vla_ray.stages.capture": wrap_replicas("CaptureReplica"),
+    "vla_ray.stages.explain": wrap_replicas("OnlineExplainer", "PayloadExplainer"),
     "vla_ray.stages.decode": wrap_decode,
     "vla_ray.stages.work": wrap_work,
     "vla_ray.storage.files": wrap_files,

@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 
-from vla_ray.cluster import Cluster
 from vla_ray.config import CaptureConfig, ExplainConfig, ModelConfig
-from vla_ray.pipelines.resources import Plan
 from vla_ray.stages.decode import Decoder, DecodeWorker
 from vla_ray.stages.work import Loaded, Replica, Summary, Worker, WorkItem
 from vla_ray.storage.files import Location
@@ -120,6 +118,7 @@ def rows() -> Callable[[Path], list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def in_process() -> Callable[[], Any]:
     """`with in_process():` jobs run in this process, seconds faster: all of them but the transport by Ray."""
+    from vla_ray.cluster import Cluster  # imports Ray, which must not see the environment before `cluster` has set it
 
     @contextmanager
     def connect(settings: Any) -> Iterator[Cluster]:
@@ -131,7 +130,7 @@ def in_process() -> Callable[[], Any]:
         make_replica: Callable[[], Replica],
         run_dir: Location,
         token: str,
-        plan: Plan,
+        plan: Any,
         name: str,
     ) -> Iterator[Summary]:
         worker = Worker(make_replica(), run_dir, token)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import weakref
 from typing import Any
@@ -175,3 +177,100 @@ def test_a_visit_is_freed_at_once(driver: Any) -> None:
             assert alive() is None, folds
     finally:
         gc.enable()
+
+
+def test_one_hop_moves_strength_times_the_seed_whatever_the_unit(driver: Any) -> None:
+    full = payload(driver, visit(driver, 0), TARGETS[1], 0, 0, "full")
+    louder = {**full, "meta": {**full["meta"], "seed": {**full["meta"]["seed"]}}, "attention": {}}
+    louder["meta"]["seed"]["grad_rms"] *= 1e3
+    for name, (entry,) in full["attention"].items():
+        louder["attention"][name] = [{**entry, "grad": entry["grad"] * 1e3}]
+    quiet, loud = (relevance_of(p, ("relevancy_negative",)) for p in (full, louder))
+    for part, rows in quiet.to_dict().items():
+        for fold, row in rows.items():
+            assert torch.allclose(row, loud.to_dict()[part][fold], rtol=1e-4, atol=1e-9)
+    # With a faint strength only the first hop is left: positive and negative together move that share of the seed.
+    faint = relevance_of(full, ("relevancy_positive", "relevancy_negative"), strength=1e-3)
+    moved = sum(float(row.sum()) - 1 for row in faint.language.values())
+    assert moved == pytest.approx(1e-3, rel=0.02)
+    shares = quiet.shares("relevancy_negative", full["meta"]["spans"], _seed(full))
+    assert set(shares) == {"image", "text", "prompt", "queries"}
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def _seed(content: dict[str, Any]) -> Tensor:
+    row = torch.zeros(content["meta"]["spans"]["speed_queries"][1])
+    row[content["meta"]["seed"]["rows"]] = content["meta"]["seed"]["weights"]
+    return row
+
+
+def whole_chain(v: Visit, explained: Any, processor: Any) -> tuple[Tensor, Tensor]:
+    """Relevancy of the first frame by full products of its recorded matrices, in the model's own precision."""
+
+    def matrices(tower: str) -> list[Tensor]:
+        names = [name for name in v.probabilities if name.startswith(tower)]
+        return [(v.probabilities[n].detach() * explained.gradients[n]).clamp_min(0).mean(1) for n in names]
+
+    def first_hop(weights: Tensor) -> Tensor:
+        names = [name for name in v.probabilities if name.startswith("language")]
+        return sum(
+            weights @ (v.probabilities[n].detach() * explained.gradients[n]).abs().mean(1)[0] for n in names
+        ).sum()  # type: ignore[union-attr]
+
+    def chain(tower: str, rows: Tensor, scale: Tensor) -> Tensor:
+        layers = matrices(tower)
+        total = torch.eye(layers[0].shape[-1], dtype=rows.dtype).expand(len(layers[0]), -1, -1)
+        for a in layers:
+            total = total + scale * a @ total
+        return torch.einsum("bi,bij->bj", rows, total)
+
+    dtype = next(iter(v.probabilities.values())).dtype
+    rows = torch.zeros(1, v.decision.hidden_BLH.shape[1], dtype=dtype)
+    rows[0, explained.rows[0]] = explained.seeds[0].weights.to(dtype)
+    scale = STRENGTH / first_hop(rows[0])
+    language = chain("language", rows, scale)
+    groups = patch_groups(processor.config.patch_grid, 2)
+    image = torch.tensor([i for i, t in enumerate(v.prompts[0].ids) if t == processor.image_token_id])
+    seed = cross_projector(language[0, image].view(-1, len(groups)), groups)
+    return language, chain("vision", seed, scale)
+
+
+@pytest.fixture(scope="module")
+def golden_driver(golden: Any) -> Any:
+    root = golden / "simlingo_a"
+    config = read_config(root / "checkpoint_root/.hydra/config.yaml", root / "pretrained/InternVL2-tiny-a", None)
+    processor = load_processor(config)
+    checkpoint = root / "checkpoint_root/checkpoints/epoch=013.ckpt/pytorch_model.pt"
+    model = load_model(config, checkpoint, processor.placeholder_id)
+    model.set_attention(IMPLEMENTATION)
+    rgb = np.random.default_rng(0).integers(0, 255, (180, 360, 3), np.uint8)
+    tiles, geometry = processor.tiler(rgb)
+    return model, processor, [(tiles, geometry, processor.prompt(len(tiles), 5.0))]
+
+
+def exact_norm(module: Any, x: Tensor) -> Tensor:
+    return module.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
+@pytest.mark.parametrize("which", ["tiny", "golden"])
+def test_the_whole_chain_in_both_precisions(
+    request: pytest.FixtureRequest, which: str, precision: str, tolerance: float
+) -> None:
+    driver = request.getfixturevalue("golden_driver" if which == "golden" else "driver")
+    model = copy.deepcopy(driver[0]).to(getattr(torch, precision))
+    for module in model.modules():
+        if type(module).__name__ == "Qwen2RMSNorm":  # rounds to float32 whatever the model is
+            module.forward = functools.partial(exact_norm, module)  # type: ignore[method-assign]
+    same = (model, *driver[1:])
+    recorded = visit(same, 0)
+    folded = Visit(
+        model, driver[1], [driver[2][0][0]], [driver[2][0][2]], folds=("relevancy_positive",), texts=recorded.texts
+    )
+    for target in TARGETS[:2]:
+        full = recorded.explain(target, Spline(), keep_graph=True)
+        online = folded.explain(target, Spline(), keep_graph=True).relevance
+        language, vision = whole_chain(recorded, full, driver[1])
+        for ours, expected in ((online["language"], language), (online["vision"], vision)):
+            row = ours["relevancy_positive"]
+            assert float((row - expected).abs().max() / expected.abs().max()) < tolerance, target.name

@@ -17,7 +17,8 @@ product, and s can be chosen when all layers are known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 
 from vla_ray.attention.watch import AttentionCall, Watcher, attention_modules, sdpa
 
-BLOCK_ROWS = 128
+BLOCK_ROWS = 128  # at most: causal blocks of fewer rows leave more keys out
+BLOCK_ELEMENTS = 1 << 20  # of a matrix of all heads
 
 # A layer's matrix, as the mean over heads of P * relu(dP), P * relu(-dP), P * dP, P * |dP|, or P: what raises the
 # scalar, what lowers it, both (cancelling or not), or what is looked at, whatever the scalar.
@@ -179,66 +181,125 @@ class RelevanceTape(Watcher):
         self._last[tower] = layer
         driven = [(row, row.drive) for row in self._rows[tower].values()]
         moving = [(row, drive) for row, drive in driven if drive is not None]
+        if not moving:
+            return
         products = fold(call, gradient_BHND, [(row.chain.weight, drive) for row, drive in moving])
         for (row, _), product in zip(moving, products, strict=True):
             row.add(product)
 
 
 @torch.no_grad()
-def fold(call: AttentionCall, gradient_BHND: Tensor, drives: list[tuple[Weight, Tensor]]) -> list[Tensor]:
-    """A^T r for one attention call and each (kind of matrix, rows r [K, B, N]), in blocks of rows; the same shapes.
+def fold(call: AttentionCall, gradient_BHND: Tensor, drives: Sequence[tuple[Weight, Tensor]]) -> list[Tensor]:
+    """A^T r for one attention call and each (kind of matrix, rows r [K, B, N]), block by block; the same shapes.
 
     Args:
         gradient_BHND: d scalar / d output of the call, before heads are joined.
     """
-    query, (batch, heads, length, _) = call.query, call.query.shape
-    groups = heads // call.key.shape[1]
-    products = [torch.zeros_like(r) for _, r in drives]
-    for b in range(batch if drives else 0):
-        # Rows are brought to a size of one, so that no order overflows the precision of the matrices.
-        sizes = [r[:, b].abs().amax(-1, keepdim=True) for _, r in drives]
-        rows = [r[:, b] / size.clamp_min(torch.finfo(r.dtype).tiny) for (_, r), size in zip(drives, sizes, strict=True)]
-        live = torch.cat(rows).ne(0).any(0)
-        key, value = (x[b].repeat_interleave(groups, 0) if groups > 1 else x[b] for x in (call.key, call.value))
-        for start in range(0, length, BLOCK_ROWS):
-            block = slice(start, min(start + BLOCK_ROWS, length))
-            if not bool(live[block].any()):  # rows without relevance pass none on
-                continue
-            p = _probabilities(query[b, :, block], key, call, b, block)
-            weighted = None
-            if any(weight != "attention" for weight, _ in drives):
-                weighted = p * (gradient_BHND[b, :, block] @ value.transpose(-1, -2)).to(p.dtype)
-            for weight in dict.fromkeys(weight for weight, _ in drives):
-                matrix = _matrix(weight, p, weighted).flatten(0, 1)
-                mine = [i for i, (other, _) in enumerate(drives) if other == weight]
-                # The mean over heads and the product with every row that wants it, in one pass over the matrix.
-                wanted = torch.cat([rows[i][:, block] for i in mine]).to(p.dtype)
-                parts = ((wanted / heads).repeat(1, heads) @ matrix).split([len(rows[i]) for i in mine])
-                for i, part in zip(mine, parts, strict=True):
-                    products[i][:, b] += part * sizes[i]
-    return products
+    if not drives:
+        return []
+    groups = {weight: [i for i, (other, _) in enumerate(drives) if other == weight] for weight, _ in drives}
+    order = [i for mine in groups.values() for i in mine]
+    stacked_MBN = torch.cat([drives[i][1] for i in order])
+    # Rows are brought to a size of one, so that no order overflows the precision of the matrices.
+    sizes = stacked_MBN.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(stacked_MBN.dtype).tiny)
+    precision = torch.promote_types(call.query.dtype, torch.float32)
+    rows_BMN = (stacked_MBN / sizes).to(precision).transpose(0, 1)
+    found_BMN = torch.zeros_like(rows_BMN)
+    live_BN = rows_BMN.ne(0).any(1).cpu()
+    counts = [sum(len(drives[i][1]) for i in mine) for mine in groups.values()]
+    rows, found = (dict(zip(groups, x.split(counts, 1), strict=True)) for x in (rows_BMN, found_BMN))
+    blocks = _Blocks(call, gradient_BHND, precision)
+    for samples, block in blocks:
+        if not live_BN[samples, block].any():  # rows without relevance pass none on
+            continue
+        for weight, matrix_BQK in blocks.matrices(samples, block, groups).items():
+            product = rows[weight][samples, :, block] @ matrix_BQK
+            found[weight][samples, :, : product.shape[-1]] += product
+    products = (found_BMN.transpose(0, 1) * sizes).split([len(drives[i][1]) for i in order])
+    return [product for _, product in sorted(zip(order, products, strict=True), key=lambda pair: pair[0])]
 
 
-def _probabilities(query_HND: Tensor, key_HND: Tensor, call: AttentionCall, b: int, block: slice) -> Tensor:
-    scores = (query_HND @ key_HND.transpose(-1, -2)).to(
-        torch.promote_types(query_HND.dtype, torch.float32)
-    ) * call.scale
-    allowed = None if call.mask is None else call.mask[b, :, block]
-    if allowed is None and call.causal:
-        columns = torch.arange(scores.shape[-1], device=scores.device)
-        allowed = columns <= torch.arange(block.start, block.stop, device=scores.device)[:, None]
-    if allowed is None:
-        return scores.softmax(-1)
-    # A row that may attend nowhere (left padding) gets zeros, as SDPA gives it.
-    return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1) * allowed
+class _Blocks:
+    """An attention call, recomputed a block of rows at a time.
+
+    Blocks are small enough for a processor's cache, and for peak memory not to notice. All of them use the same room:
+    fresh memory costs as much as what is done in it.
+    """
+
+    def __init__(self, call: AttentionCall, gradient_BHND: Tensor, precision: torch.dtype) -> None:
+        self._call, self._gradient = call, gradient_BHND
+        # Read once per block, so in the order in which they are read.
+        self._key, self._value = call.key.contiguous(), call.value.contiguous()
+        self._batch, heads, self._length, _ = call.query.shape
+        self._rows = min(self._length, BLOCK_ROWS, max(1, BLOCK_ELEMENTS // (heads * self._length)))
+        row_of_blocks = heads * self._rows * self._length
+        self._samples = min(self._batch, max(1, BLOCK_ELEMENTS // row_of_blocks))
+        self._room = torch.empty(2, self._samples * row_of_blocks, dtype=precision, device=call.query.device)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        """Samples and rows of each block."""
+        for b in range(0, self._batch, self._samples):
+            for start in range(0, self._length, self._rows):
+                yield slice(b, min(b + self._samples, self._batch)), slice(start, min(start + self._rows, self._length))
+
+    def matrices(self, samples: slice, block: slice, weights: Collection[Weight]) -> dict[Weight, Tensor]:
+        """Weight -> its matrix [B, Q, K], the mean over heads; K ends with the last key that may be attended to."""
+        p = self._probabilities(samples, block)
+        found: dict[Weight, Tensor] = {}
+        if "attention" in weights:
+            found["attention"] = p.mean(1)
+        others = [weight for weight in weights if weight != "attention"]
+        if not others:
+            return found
+        dp = self._by_heads(self._gradient[samples, :, block], self._value[samples, :, : p.shape[-1]], 1.0, 0)
+        weighted = dp.mul_(p)
+        # Every pass over the matrix of all heads counts. Two means give all four: w = w+ - w-, |w| = w+ + w-.
+        signed = weighted.mean(1) if others != ["positive"] else None
+        positive = weighted.clamp_min_(0).mean(1) if others != ["signed"] else None
+        for weight in others:
+            found[weight] = _combined(weight, signed, positive)
+        return found
+
+    def _probabilities(self, samples: slice, block: slice) -> Tensor:
+        call = self._call
+        keys = slice(0, block.stop if call.causal else None)
+        scores = self._by_heads(call.query[samples, :, block], self._key[samples, :, keys], call.scale, 0)
+        allowed = None
+        if call.causal:
+            later = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu_(block.start + 1)
+            scores.masked_fill_(later, -torch.inf)
+        elif call.mask is not None:
+            allowed = call.mask[samples, :, block]
+            scores.masked_fill_(~allowed, torch.finfo(scores.dtype).min)
+        p = torch.softmax(scores, -1, out=self._view(1, scores.shape))
+        # A row that may attend nowhere (left padding) gets zeros, as SDPA gives it.
+        return p if allowed is None else p.mul_(allowed)
+
+    def _by_heads(self, x_BHQD: Tensor, y_BHKD: Tensor, scale: float, room: int) -> Tensor:
+        """scale * x y^T; y may have fewer heads, each of them shared by neighbours of x."""
+        batch, shared, keys, _ = y_BHKD.shape
+        x, y = x_BHQD.reshape(batch * shared, -1, x_BHQD.shape[-1]), y_BHKD.flatten(0, 1).transpose(1, 2)
+        out = self._view(room, (*x_BHQD.shape[:3], keys))
+        flat, nothing = out.view(len(x), -1, keys), x.new_empty(())
+        # The factor rides along with the product: no pass over the matrix.
+        if x.dtype == out.dtype:
+            torch.baddbmm(nothing, x, y, beta=0, alpha=scale, out=flat)
+        else:
+            flat.copy_(torch.baddbmm(nothing, x, y, beta=0, alpha=scale))
+        return out
+
+    def _view(self, room: int, shape: Sequence[int]) -> Tensor:
+        return self._room[room, : math.prod(shape)].view(shape)
 
 
-def _matrix(weight: Weight, p: Tensor, weighted: Tensor | None) -> Tensor:
-    if weight == "attention":
-        return p
-    assert weighted is not None
+def _combined(weight: Weight, signed: Tensor | None, positive: Tensor | None) -> Tensor:
+    """A matrix from w = mean of P * dP and w+ = mean of P * relu(dP), of which it asks for no more than it needs."""
     if weight == "signed":
-        return weighted
-    if weight == "absolute":
-        return weighted.abs()
-    return weighted.clamp_min(0) if weight == "positive" else (-weighted).clamp_min(0)
+        assert signed is not None
+        return signed
+    assert positive is not None
+    if weight == "positive":
+        return positive
+    assert signed is not None
+    negative = (positive - signed).clamp_min_(0)  # rounding may leave less than nothing
+    return negative if weight == "negative" else positive + negative

@@ -6,14 +6,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
 from vla_ray.data.scenes import FrameRef
-from vla_ray.errors import SceneError
+from vla_ray.data.synthetic.render import MASKS
+from vla_ray.errors import SceneError, VlaRayError
 from vla_ray.storage.files import Location
 
+MASKS_SUBDIR = "truth/masks"
 TRUTH_TABLE = "truth.jsonl"
 
 
@@ -60,3 +67,22 @@ def _causes(directory: Location) -> dict[str, str]:
         raise SceneError(
             f"{directory / TRUTH_TABLE}: {' '.join(str(error).split())}; expected lines with 'image' and 'cause'"
         ) from error
+
+
+def read_labels(path: str) -> NDArray[np.uint8]:
+    """A mask image's labels, uint8 [H, W].
+
+    Raises:
+        SceneError: it is missing, not an image, or has colours rather than labels.
+    """
+    try:
+        with Image.open(io.BytesIO(Location.of(path).read_bytes())) as image:
+            labels = np.asarray(image)
+    except (VlaRayError, OSError) as e:
+        raise SceneError(f"mask {path} cannot be read: {' '.join(str(e).split())[:150]}") from e
+    if labels.ndim != 2:
+        raise SceneError(
+            f"mask {path} has {labels.shape[-1]} channels; a mask is a palette or grey image of labels: 0 neither, "
+            + ", ".join(f"{i} {name}" for i, name in enumerate(MASKS, 1))
+        )
+    return labels

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from vla_ray.evaluation.bootstrap import Estimate, mean_with_interval, paired_difference
 from vla_ray.evaluation.faithfulness_figure import curves_figure
-from vla_ray.evaluation.map_checks import commentary_table, map_checks
+from vla_ray.evaluation.map_checks import accounts_table, commentary_table, map_checks
 from vla_ray.explain.faithfulness.dependence import PERTURBATIONS, Moved, depends_on_image
 from vla_ray.explain.methods import METHODS
 from vla_ray.report.page import Table
@@ -90,7 +90,7 @@ def summarise(run: Location, maps: Location) -> Summary:
         figures.append((f"Deletion curves, {target}", _CURVES_NOTE, curves_figure(mine, target)))
         if (mine["measure"] == "randomised_similarity").any():
             tables.append(_randomisation(target, mine))
-    tables += map_checks(maps)
+    tables += [accounts_table(maps), *map_checks(maps)]
     tables.append(commentary_table(maps))
     joined = pd.concat(estimates, ignore_index=True) if estimates else pd.DataFrame()
     text = "\n".join([*lines, *(_headline(joined))])

@@ -13,10 +13,14 @@ from vla_ray.explain.faithfulness.consistency import commentary_consistency
 from vla_ray.explain.faithfulness.sanity import between_targets
 from vla_ray.explain.faithfulness.temporal import temporal_consistency
 from vla_ray.report.page import ShownFrame, Table
-from vla_ray.report.shown import read_scenes
+from vla_ray.report.shown import SHARES, read_scenes
+from vla_ray.schema import MAPS
 from vla_ray.storage.files import Location
+from vla_ray.storage.fragments import read_rows
+from vla_ray.storage.ledger import read_metrics
 from vla_ray.targets import KINEMATICS
 
+_ACCOUNTS = {"share_cls": "on CLS (vision)", "completeness_error": "completeness error", "forwards": "forwards"}
 Values = dict[tuple[str, str], list[tuple[str, float | None]]]
 
 
@@ -47,6 +51,33 @@ def map_checks(maps: Location) -> list[Table]:
             alike,
         ),
     ]
+
+
+def accounts_table(maps: Location) -> Table:
+    """What methods say of themselves: where relevance lies in the language model, completeness, their own cost."""
+    rows = read_metrics(maps, ["frame_id", "target", "payload_path"]).to_pylist()
+    own = {(row["frame_id"], row["target"]): row["payload_path"] for row in rows if row["payload_path"]}
+    columns = {**{f"share_{part}": f"on {part}" for part in SHARES}, **_ACCOUNTS}
+    values: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for path, table in read_rows(maps, own.values(), MAPS):
+        for row in table.select(["frame_id", "target", "method", *columns]).to_pylist():
+            if own.get((row["frame_id"], row["target"])) != path:
+                continue
+            found = values.setdefault((row["target"], row["method"]), {name: [] for name in columns})
+            for name in columns:
+                if row[name] is not None:
+                    found[name].append(row[name])
+    shown = [name for name in columns if any(found[name] for found in values.values())]
+    return Table(
+        "What the methods say of themselves",
+        "Means over frames. Shares: where the relevance that has moved lies in the language model. Completeness error: "
+        "|sum of the map - change of the scalar| / |change|. Forwards: passes of a method's own.",
+        ["target", "method", *(columns[name] for name in shown)],
+        [
+            [*key, *(float(np.mean(found[name])) if found[name] else None for name in shown)]
+            for key, found in values.items()
+        ],
+    )
 
 
 def _steadiness(frames: list[ShownFrame], target: str, method: str) -> float | None:

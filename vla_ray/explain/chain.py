@@ -40,8 +40,9 @@ def seed_of(hidden_NH: Tensor, gradient_NH: Tensor) -> Seed:
     Args:
         hidden_NH, gradient_NH: their features after the last norm, and d scalar / d features.
     """
-    gradient = gradient_NH.detach().float()
-    scores = (hidden_NH.detach().float() * gradient).sum(-1)
+    precision = torch.promote_types(gradient_NH.dtype, torch.float32)
+    gradient = gradient_NH.detach().to(precision)
+    scores = (hidden_NH.detach().to(precision) * gradient).sum(-1)
     total = float(scores.abs().sum())
     weights = scores.abs() / total if total > 0 else torch.zeros_like(scores)
     return Seed(weights, scores, float(gradient.square().mean().sqrt()))

@@ -117,14 +117,20 @@ def _matrix(entry: Mapping[str, Any], weight: Weight, unit: float) -> Tensor:
     attn = entry["attn"].float()
     if weight == "attention":
         return attn.mean(1)
-    if entry.get("grad") is None:
-        raise TargetError("the payload holds attention without its gradients: capture it again with payload=full.")
-    weighted = attn * (entry["grad"].float() * unit)
+    weighted = attn * (gradient_of(entry).float() * unit)
     if weight == "signed":
         return weighted.mean(1)
     if weight == "absolute":
         return weighted.abs().mean(1)
     return (weighted if weight == "positive" else -weighted).clamp_min(0).mean(1)
+
+
+def gradient_of(entry: Mapping[str, Any]) -> Tensor:
+    """The gradient of a `full` payload's entry. TargetError if it has none."""
+    gradient: Tensor | None = entry.get("grad")
+    if gradient is None:
+        raise TargetError("the payload holds attention without its gradients: capture it again with payload=full.")
+    return gradient
 
 
 def _of_reduced(entry: Mapping[str, Any], weight: Weight) -> Tensor:

@@ -1,16 +1,17 @@
-"""A capture as a later stage sees it: its frames, targets, settings and model, from its run directory alone."""
+"""A capture, or maps, as a later stage sees them: frames, targets, settings and model, from the run directory alone."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from vla_ray.config import ModelConfig, SplineConfig
-from vla_ray.data.scenes import FrameRef
+from vla_ray.data.scenes import FrameRef, natural_key
 from vla_ray.errors import RunError
+from vla_ray.pipelines.capture import checkpoint_identities
 from vla_ray.storage.files import Location, read_json
 from vla_ray.storage.ledger import read_metrics
 from vla_ray.targets import Target, named_target
@@ -37,9 +38,28 @@ class Captured:
         """What tells its results from those of another run under the same name."""
         return {"settings": self.document["settings"], "created": self.document["created"]}
 
+    def model_on(self, device: str) -> ModelConfig:
+        """The model that made it, to run on this device.
 
-def read_captured(location: Location) -> Captured | None:
-    """The run at this place, None if there is none.
+        Raises:
+            CheckpointError: a file of it is gone.
+            RunError: a file of it is another one by now, so that what it holds is another model's.
+        """
+        now = checkpoint_identities(self.model)
+        changed = [name for name, identity in self.document["checkpoints"].items() if now.get(name) != identity]
+        if changed:
+            raise RunError(
+                f"{', '.join(changed)} changed since {self.location} was made with {self.model.checkpoint}: what it "
+                "holds is another model's. Put the old file back, or make it anew under another run=NAME."
+            )
+        return replace(self.model, device=device)
+
+
+def read_captured(location: Location, job: str = "capture") -> Captured | None:
+    """The run at this place, None if there is none. Frames are in natural order.
+
+    Args:
+        job: what kind of run it must be: capture, or explain for maps.
 
     Raises:
         RunError: it is of another kind, or has no rows yet.
@@ -47,12 +67,13 @@ def read_captured(location: Location) -> Captured | None:
     document = read_json(location / "run.json")
     if document is None:
         return None
-    job = document.get("settings", {}).get("job")
-    if job not in ("capture", "explain"):
-        raise RunError(f"{location} is a run of {job}, not of capture. Give the run=NAME of a capture.")
+    found = document.get("settings", {}).get("job")
+    if found != job:
+        setting = "run" if job == "capture" else "maps"
+        raise RunError(f"{location} is a run of {found}, not of {job}. Give the {setting}=NAME of a run of {job}.")
     table = read_metrics(location, ["frame_id", "target", "frame"])
     if not table.num_rows:
-        raise RunError(f"{location} has no rows yet. Finish it first: run the capture again.")
+        raise RunError(f"{location} has no rows yet. Finish it first: run {job} again.")
     seen: dict[str, FrameRef] = {}
     for frame_id, text in zip(table["frame_id"].to_pylist(), table["frame"].to_pylist(), strict=True):
         if frame_id not in seen:
@@ -65,7 +86,7 @@ def read_captured(location: Location) -> Captured | None:
     return Captured(
         location,
         document,
-        tuple(seen.values()),
+        tuple(sorted(seen.values(), key=lambda frame: (natural_key(frame.scene), natural_key(frame.stem)))),
         tuple(targets),
         ModelConfig(**config["model"]),
         SplineConfig(**config["spline"]),

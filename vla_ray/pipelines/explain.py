@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from vla_ray.config import ExplainConfig
 from vla_ray.data.scenes import FrameRef, discover
 from vla_ray.errors import ConfigError, RunError
+from vla_ray.explain.chain import STRENGTH
 from vla_ray.explain.methods import Method, parse_methods
 from vla_ray.pipelines.capture import checkpoint_identities
 from vla_ray.pipelines.captured import Captured, read_captured
@@ -35,7 +36,7 @@ def explain(config: ExplainConfig) -> int:
     if captured is None and config.source == "payloads":
         raise RunError(f"source=payloads: there is no capture at {location}. Capture first, or use source=online.")
     if captured is not None:
-        check_level(captured, methods)
+        check_level(captured, methods, config.strength)
         job = _job_of_payloads(config, captured, methods)
         targets: Sequence[Target] = captured.targets
     else:
@@ -58,11 +59,11 @@ def _look(built: Built) -> None:
         sys.stdout.write(f"  report   {built.page}  (open it in a browser)\n")
 
 
-def check_level(captured: Captured, methods: Sequence[Method]) -> None:
+def check_level(captured: Captured, methods: Sequence[Method], strength: float) -> None:
     """Refuse what the payloads do not hold.
 
     Raises:
-        ConfigError: names the method, and the payload level it needs.
+        ConfigError: names the method or the strength, and the payload level it needs.
     """
     have = captured.payload
     original = [m.name for m in methods if m.kind == "original"]
@@ -79,6 +80,11 @@ def check_level(captured: Captured, methods: Sequence[Method]) -> None:
                 f"{', '.join(missing)} are not in the relevance payloads of {captured.location} (they hold "
                 f"{', '.join(sorted(stored))}). Use source=online, or capture with methods={','.join(missing)} or "
                 "payload=reduced under another run=NAME."
+            )
+        if strength != STRENGTH and any(m.kind == "fold" for m in methods):
+            raise ConfigError(
+                f"strength={strength:g} cannot be applied to the relevance payloads of {captured.location}, which were "
+                f"folded with {STRENGTH:g}. Use source=online, or capture with payload=reduced under another run=NAME."
             )
 
 

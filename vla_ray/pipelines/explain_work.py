@@ -30,7 +30,7 @@ class ExplainWork:
         if captured is None:
             self.work = ModelWork(config)
         elif any(m.needs_pixels for m in methods):
-            self.work = ModelWork(config, captured.model)
+            self.work = ModelWork(config, captured.model_on(config.model.device))
 
     @property
     def source(self) -> str:

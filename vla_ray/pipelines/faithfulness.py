@@ -25,7 +25,7 @@ from vla_ray.report.build import build_report
 from vla_ray.report.shown import read_scene_maps
 from vla_ray.schema import OK
 from vla_ray.stages.faithfulness import Companion, FaithfulnessReplica, FaithfulnessSpec
-from vla_ray.stages.maps import read_map
+from vla_ray.stages.maps import evidence_of
 from vla_ray.stages.payloads import estimate_bytes
 from vla_ray.stages.replica import DTYPES, ModelSpec
 from vla_ray.stages.work import Summary
@@ -38,7 +38,7 @@ def faithfulness(config: FaithfulnessConfig) -> int:
     """Measure or resume; returns the exit code (0 fine, 1 too many failed frames, 130 or 143 stopped)."""
     location = Location.of(config.output_dir) / config.run
     maps = location / config.maps
-    explained = read_captured(maps)
+    explained = read_captured(maps, "explain")
     if explained is None:
         raise RunError(f"{maps} holds no maps. Make them first: python jobs/explain.py run={config.run}")
     methods = explained.document["settings"]["methods"]
@@ -46,7 +46,13 @@ def faithfulness(config: FaithfulnessConfig) -> int:
         raise ConfigError(
             f"reference={config.reference} is not among the maps of {maps} ({', '.join(methods)}). Choose one of these."
         )
-    model = read_captured(location) or explained  # a capture knows its model; maps made online are their own
+    # A capture knows its model; maps made online are their own, whatever else was captured under this name.
+    online = explained.document["settings"]["source"] == "online"
+    model = explained if online else read_captured(location)
+    if model is None:
+        raise RunError(
+            f"{maps} was made from the capture at {location}, which is gone. Make both anew, or put it back."
+        )
     frames = spread(explained.frames, len(explained.frames) if config.frames is None else config.frames)
     driver = Driver(_job(config, location, frames, explained))
     if driver.is_finished:
@@ -61,7 +67,7 @@ def faithfulness(config: FaithfulnessConfig) -> int:
         write_summary(driver.location, summary)
         sys.stdout.write(summary.text + f"\n  tables   {driver.location / 'table.md'}\n")
         if config.report:
-            built = build_report(location, config.maps, overlays=False)
+            built = build_report(location, config.maps, overlays=False, scores=config.scores)
             sys.stdout.write(f"  report   {built.page}  (open it in a browser)\n")
     return code
 
@@ -105,7 +111,7 @@ class FaithfulnessWork:
         from vla_ray.pipelines.model_work import ModelWork  # transformers: only when there is work
 
         self.config, self.maps, self.frames, self.explained, self.model = config, maps, frames, explained, model
-        self.work = ModelWork(config, model.model)
+        self.work = ModelWork(config, model.model_on(config.model.device))
 
     def __call__(self, todo: Todo) -> Generator[Summary, None, None]:
         config = self.config
@@ -140,13 +146,14 @@ def priors(maps: Location, method: str) -> dict[tuple[str, str], np.ndarray]:
 
     What such a map scores is what a method gets for knowing where causes usually are.
     """
-    table = read_metrics(maps, ["frame_id", "scene", "target", "status", "payload_path"])
+    table = read_metrics(maps, ["frame_id", "scene", "target", "status", "target_scalar", "payload_path"])
     rows = table.filter(pc.equal(table["status"], OK)).to_pylist()
+    scalars = {(row["frame_id"], row["target"]): row["target_scalar"] for row in rows}
     found: dict[str, dict[str, list[np.ndarray]]] = {}
-    for (_, target), several in read_scene_maps(maps, rows).items():
+    for (frame_id, target), several in read_scene_maps(maps, rows).items():
         for row in several:
             if row["method"] == method:
-                values = read_map(row).combined().values
+                values = evidence_of(row, scalars[frame_id, target])
                 found.setdefault(target, {}).setdefault(row["scene"], []).append(values)
     result = {}
     for target, scenes in found.items():

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from vla_ray.data.images import decode_rgb
-from vla_ray.errors import RunError, VlaRayError
-from vla_ray.report.overlay import Caption, draw, save_png, scene_scale
-from vla_ray.report.page import Figure, ShownFrame, ShownMap, ShownTarget, Table, write_page
+from vla_ray.data.masks import MASKS_SUBDIR, find_masks
+from vla_ray.data.scenes import FrameRef
+from vla_ray.errors import RunError, SceneError
+from vla_ray.report.overlay import save_png
+from vla_ray.report.page import Figure, ShownFrame, Table, write_page
+from vla_ray.report.pictures import draw_scene, middle_frame, sheet_row
+from vla_ray.report.sheet import SheetRow, sheet
 from vla_ray.report.shown import method_order, read_scenes
-from vla_ray.schema import DEGENERATE
 from vla_ray.storage.files import Location, read_json
 
 logger = logging.getLogger(__name__)
 
-OVERLAY_WIDTH = 960
-THREADS = 4
+SHEET_ROWS, SHEET_COLUMNS = 6, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +31,13 @@ class Built:
     page: Location | None
 
 
-def build_report(run: Location, maps: str = "maps", overlays: bool = True, page: bool = True) -> Built:
+def build_report(
+    run: Location, maps: str = "maps", overlays: bool = True, page: bool = True, scores: str = "faithfulness"
+) -> Built:
     """Write `overlays/` and `report/` of a run from its maps, and from its faithfulness tables if there are any.
+
+    Args:
+        scores: name of the faithfulness run whose tables are shown.
 
     Raises:
         RunError: the run has no maps.
@@ -41,20 +45,24 @@ def build_report(run: Location, maps: str = "maps", overlays: bool = True, page:
     document = read_json(run / maps / "run.json")
     if document is None:
         raise RunError(f"{run / maps} holds no maps. Make them first: python jobs/explain.py run={run.name}")
-    names = document["settings"]["methods"]
-    drawn = 0
+    names, target = document["settings"]["methods"], document["fingerprint"]["targets"][0]
+    drawn, rows = 0, list[SheetRow]()
 
     def scenes() -> Iterator[tuple[str, Sequence[ShownFrame]]]:
         nonlocal drawn
         for scene, frames in read_scenes(run / maps):
             if overlays:
                 drawn += draw_scene(run / "overlays", frames)
+                row = _sheet_row(frames, target, names[:SHEET_COLUMNS]) if len(rows) < SHEET_ROWS else None
+                rows.extend([] if row is None else [row])
             yield scene, frames
+        if rows:
+            save_png(run / "overlays" / "sheet.png", sheet(rows, names[:SHEET_COLUMNS]))
 
     if not page:
         count = sum(len(frames) for _, frames in scenes())
         return Built(count, drawn, None)
-    tables, figures = faithfulness_parts(run)
+    tables, figures = faithfulness_parts(run / scores)
     count = write_page(
         run / "report",
         f"{run.name}: which pixels the action came from",
@@ -67,15 +75,28 @@ def build_report(run: Location, maps: str = "maps", overlays: bool = True, page:
     return Built(count, drawn, run / "report" / "index.html")
 
 
+def _sheet_row(frames: Sequence[ShownFrame], target: str, methods: Sequence[str]) -> SheetRow | None:
+    frame = middle_frame(frames, target, methods)
+    if frame is None or frame.image is None:
+        return None
+    ref = FrameRef(frame.frame_id, frame.scene, frame.stem, str(frame.image), frame.speed_mps)
+    try:
+        mask = find_masks([ref], MASKS_SUBDIR).get(frame.frame_id)
+        return sheet_row(frames, target, methods, mask.path if mask else None)
+    except SceneError as error:  # an outline is an extra: a broken mask must not cost the pictures
+        logger.warning("no outline of %s: %s", frame.frame_id, error)
+        return sheet_row(frames, target, methods, None)
+
+
 def faithfulness_parts(run: Location) -> tuple[list[Table], list[Figure]]:
-    """Tables and figures that the faithfulness job left in this run."""
-    content = read_json(run / "faithfulness" / "summary.json")
+    """Tables and figures of a faithfulness run; none if there is no such run."""
+    content = read_json(run / "summary.json")
     if content is None:
         return [], []
     tables = [Table(**table) for table in content["tables"]]
     figures = []
     for figure in content["figures"]:
-        png = (run / "faithfulness" / figure["file"]).try_read_bytes()
+        png = (run / figure["file"]).try_read_bytes()
         if png is not None:
             figures.append(Figure(figure["title"], figure["note"], png))
     return tables, figures
@@ -95,48 +116,3 @@ def _facts(document: dict[str, Any]) -> dict[str, str]:
     if settings.get("strength"):
         facts["strength"] = f"{settings['strength']:g}"
     return facts
-
-
-def draw_scene(directory: Location, frames: Sequence[ShownFrame]) -> int:
-    """Write overlays/<method>/<scene>/<stem>.png, with several targets <stem>_<target>.png; returns how many."""
-    methods = dict.fromkeys((m.method, m.target) for frame in frames for m in frame.maps)
-    scales = {
-        key: scene_scale(m.map for frame in frames for m in frame.maps if (m.method, m.target) == key)
-        for key in methods
-    }
-    several = len({target.name for frame in frames for target in frame.targets}) > 1
-    with ThreadPoolExecutor(THREADS) as pool:
-        work = partial(_draw_frame, directory, scales=scales, several=several)
-        return sum(pool.map(work, frames))
-
-
-def _draw_frame(directory: Location, frame: ShownFrame, scales: dict[tuple[str, str], float], several: bool) -> int:
-    try:
-        assert frame.image is not None
-        rgb = decode_rgb(frame.image.read_bytes(), str(frame.image))
-    except VlaRayError as error:
-        if any(target.status != "failed" for target in frame.targets):
-            logger.warning("no overlay of %s: %s", frame.frame_id, error)
-        return 0
-    targets = {target.name: target for target in frame.targets}
-    pictures: list[tuple[str, ShownTarget, ShownMap | None]] = [(m.method, targets[m.target], m) for m in frame.maps]
-    for method, name in scales:
-        if name in targets and targets[name].status == DEGENERATE:
-            pictures.append((method, targets[name], None))
-    for method, target, shown in pictures:
-        suffix = f"_{target.name}" if several else ""
-        picture = draw(
-            rgb,
-            shown.map if shown else None,
-            scale=scales[method, target.name],
-            route=frame.route,
-            speed_wps=frame.speed_wps,
-            camera=frame.camera,
-            caption=Caption(
-                frame.frame_id, method, target.name, target.value, target.unit, frame.speed_mps, frame.text
-            ),
-            signed=shown is not None and shown.direction == "signed",
-            width=min(OVERLAY_WIDTH, max(448, rgb.shape[1])),
-        )
-        save_png(directory / method / frame.scene / f"{frame.stem}{suffix}.png", picture)
-    return len(pictures)

@@ -6,26 +6,25 @@ Reads the maps of a run, writes one table of scores per batch (schema.SCORES), r
 from __future__ import annotations
 
 import copy
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vla_ray.data.images import decode_rgb
+from vla_ray.data.masks import read_labels
 from vla_ray.data.synthetic import MASKS
 from vla_ray.data.tiles import TileGeometry
-from vla_ray.errors import TargetError, VlaRayError
+from vla_ray.errors import SceneError, TargetError, VlaRayError
 from vla_ray.explain.faithfulness.sanity import randomisation_stages, randomise_
 from vla_ray.explain.faithfulness.similarity import similarity
 from vla_ray.explain.heatmap import assemble
 from vla_ray.explain.methods import METHODS, tiles_of
 from vla_ray.explain.question import Question
 from vla_ray.schema import MAPS, METRICS, OK, SCORES
-from vla_ray.stages.maps import read_map
+from vla_ray.stages.maps import evidence_of
 from vla_ray.stages.payloads import token_spans
 from vla_ray.stages.pixel_maps import make_probe
 from vla_ray.stages.replica import ModelReplica, ModelSpec, about, failed
@@ -125,7 +124,7 @@ class FaithfulnessReplica(ModelReplica):
         scorer = Scorer(key, probe, question, maps, spec.seed)
         baselines = scorer.baselines(maps[spec.reference], spec.priors.get((target.name, ref.scene)), spec.num_random)
         scorer.curves(baselines)
-        scorer.places(self._masks(ref.frame_id, target), baselines)
+        scorer.places(self._masks(ref.frame_id, target, geometry), baselines)
         scorer.agreement("occlusion")
         regenerated = None
         if ref.frame_id in spec.regenerate and target.mode == "action":
@@ -152,10 +151,7 @@ class FaithfulnessReplica(ModelReplica):
     def _maps(self, frame_id: str, target: str, value: float, path: str) -> dict[str, np.ndarray]:
         ((_, table),) = read_rows(self.spec.maps, [path], MAPS)
         rows = [r for r in table.to_pylist() if (r["frame_id"], r["target"]) == (frame_id, target)]
-        # A signed map is turned so that positive is what acts: a red light is evidence against progress.
-        acting = acting_direction(target, value)
-        turn = {"signed": -1.0 if acting == "negative" else 1.0}
-        maps = {row["method"]: turn.get(row["direction"], 1.0) * read_map(row).combined().values for row in rows}
+        maps = {row["method"]: evidence_of(row, value) for row in rows}
         if self.spec.reference not in maps:
             raise TargetError(
                 f"{self.spec.maps} has no map of {frame_id} by {self.spec.reference}, which the baselines need; "
@@ -163,18 +159,27 @@ class FaithfulnessReplica(ModelReplica):
             )
         return maps
 
-    def _masks(self, frame_id: str, target: Target) -> Masks:
+    def _masks(self, frame_id: str, target: Target, geometry: TileGeometry) -> Masks:
         path = self.spec.masks.get(frame_id)
         if path is None:
             return Masks()
         labels = read_labels(path)
+        if labels.shape != (geometry.height, geometry.width):
+            size, own = " x ".join(map(str, labels.shape)), f"{geometry.height} x {geometry.width}"
+            raise SceneError(f"mask {path} is {size}, its picture {own} (height x width); give one of the same size.")
         wanted = 1 + MASKS.index("markings" if target.head == "route" else "cause")
-        companion = self.spec.companions.get(frame_id)
-        elsewhere = None
-        if companion is not None and companion.mask is not None and (labels == wanted).any():
-            other = read_labels(companion.mask)
-            elsewhere = other == wanted if other.shape == labels.shape else None
+        other = self._other_labels(frame_id) if (labels == wanted).any() else None
+        elsewhere = other == wanted if other is not None and other.shape == labels.shape else None
         return Masks(labels == wanted, elsewhere, labels == 1 + MASKS.index("distractor"))
+
+    def _other_labels(self, frame_id: str) -> np.ndarray | None:
+        companion = self.spec.companions.get(frame_id)
+        if companion is None or companion.mask is None:
+            return None
+        try:
+            return read_labels(companion.mask)
+        except SceneError:
+            return None  # the other frame's mask is broken; that is not this frame's failure
 
     def _other_tiles(self, frame_id: str, geometry: TileGeometry) -> np.ndarray | None:
         companion = self.spec.companions.get(frame_id)
@@ -240,22 +245,3 @@ class FaithfulnessReplica(ModelReplica):
             tiles = tiles_of(fold, method.tokens, visit.relevance(explained, b), image)
             maps.append(assemble(tiles, frame.geometry).combined().values)
         return maps
-
-
-def read_labels(path: str) -> np.ndarray:
-    """A mask image's labels, uint8 [H, W].
-
-    Raises:
-        TargetError: it is missing, not an image, or has colours rather than labels.
-    """
-    try:
-        with Image.open(io.BytesIO(Location.of(path).read_bytes())) as image:
-            labels = np.asarray(image)
-    except (VlaRayError, OSError) as e:
-        raise TargetError(f"mask {path} cannot be read: {' '.join(str(e).split())[:150]}") from e
-    if labels.ndim != 2:
-        raise TargetError(
-            f"mask {path} has {labels.shape[-1]} channels; a mask is a palette or grey image of labels: 0 neither, "
-            + ", ".join(f"{i} {name}" for i, name in enumerate(MASKS, 1))
-        )
-    return labels

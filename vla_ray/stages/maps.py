@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vla_ray.data.tiles import TileGeometry
+from vla_ray.errors import TargetError
 from vla_ray.explain.folds import Relevance
 from vla_ray.explain.heatmap import HeatMap, assemble
 from vla_ray.explain.methods import Method, tiles_of
@@ -74,6 +75,19 @@ def read_map(row: Mapping[str, Any]) -> HeatMap:
     return HeatMap(values, TileGeometry.from_dict(json.loads(row["geometry"])), thumbnail)
 
 
+def evidence_of(row: Mapping[str, Any], value: float) -> NDArray[np.float32]:
+    """The map of a row of MAPS on one canvas, a signed one turned so that positive is what acts.
+
+    A red light is evidence against progress, and still what the action came from.
+
+    Args:
+        value: of the target.
+    """
+    turned = row["direction"] == "signed" and acting_direction(row["target"], value) == "negative"
+    values = read_map(row).combined().values
+    return -values if turned else values
+
+
 def fold_maps(
     methods: Sequence[Method],
     relevance: Relevance,
@@ -88,6 +102,9 @@ def fold_maps(
     Args:
         value: of the target; decides which direction acts.
         seed_L: where the relevance started, [L].
+
+    Raises:
+        TargetError: a map is not finite, or does not fit the picture.
     """
     made = []
     for method in methods:
@@ -95,7 +112,10 @@ def fold_maps(
             continue
         acting = acting_direction(target.name, value)
         fold = method.fold_for(acting)
-        heat = assemble(tiles_of(fold, method.tokens, relevance, spans["image"]), geometry)
+        try:
+            heat = assemble(tiles_of(fold, method.tokens, relevance, spans["image"]), geometry)
+        except TargetError as e:
+            raise TargetError(f"{method.name}: {e}") from e
         columns = {f"share_{part}": share for part, share in relevance.shares(fold, spans, seed_L).items()}
         if not method.tokens:
             columns["share_cls"] = _share(relevance.cls[fold], relevance.patches[fold])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vla_ray.data.tiles import TileGeometry
+from vla_ray.errors import TargetError
 from vla_ray.explain.gradients import gradient_x_input, integrated_gradients
 from vla_ray.explain.heatmap import HeatMap, assemble
 from vla_ray.explain.lrp import lrp
@@ -66,6 +67,8 @@ def pixel_maps(
     made = []
     for method in wanted:
         heat, direction, columns = _MAKERS[method.name](probe, question, options)
+        if not np.isfinite(heat.values).all():  # forwards without a gradient: nothing has looked at them yet
+            raise TargetError(f"{method.name}: the map has values that are not finite.")
         error = columns.pop("standard_error", None)
         made.append(MadeMap(method, direction, heat, columns, error))
     return made

@@ -10,6 +10,7 @@ Per frame, subject `picture`: `all_hidden_m`, `mask_area`; per perturbation: `ro
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,9 @@ class Scorer:
 
     def baselines(self, reference: Map, prior: Map | None, num_random: int) -> dict[str, list[Map]]:
         """Maps to compare with: the reference method's own blobs elsewhere, and the mean map of other scenes."""
-        found = {RANDOM: [np.asarray(m) for m in random_maps(reference, num_random, self.seed)]}
+        # Another seed for every frame: the same offsets everywhere would not be random where causes lie alike.
+        seed = zlib.crc32(f"{self.seed} {self.key['frame_id']}".encode())
+        found = {RANDOM: [np.asarray(m) for m in random_maps(reference, num_random, seed)]}
         return found | ({PRIOR: [prior]} if prior is not None else {})
 
     def curves(self, baselines: Mapping[str, list[Map]]) -> None:

@@ -188,7 +188,7 @@ class Visit:
         assert self._tape is not None
         d, tape = self.decision, self._tape
         unit = torch.zeros_like(gradient_BLH)
-        weights = torch.zeros(gradient_BLH.shape[:2], device=unit.device)
+        weights = torch.zeros(gradient_BLH.shape[:2], dtype=torch.float64, device=unit.device)
         for b, (r, seed) in enumerate(zip(rows, seeds, strict=True)):
             if 0 < seed.grad_rms < math.inf:  # nothing flows for a frame without a usable gradient
                 unit[b, r] = gradient_BLH[b, r] / seed.grad_rms  # of a size that no precision minds
