@@ -28,7 +28,7 @@ LAYERS = (
     ("policy",),
     ("cluster",),
     ("pipelines",),
-    ("command_line",),
+    ("command_line", "bundled"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -198,7 +198,7 @@ class FaithfulnessConfig(RunConfig):
     The model is that of the run. `model.device` and everything about replicas is as given here.
     """
 
-    run: str = _knob("demo", "name of a run that has maps")
+    run: str | None = _knob(None, "name of a run that has maps; null: demo, explained first if it has none yet")
     maps: str = _knob("maps", "name of the maps in the run")
     scores: str = _knob("faithfulness", "name of the scores in the run")
     reference: str = _knob("relevancy", "the method whose blobs random maps have, whose mean is the prior")
@@ -229,6 +229,8 @@ class PipelineConfig(FramesConfig):
         ("relevancy", "relevancy_signed", "attention_x_gradient_lm", "rollout", "gradient_x_input"),
         "one or a list; attention methods are captured, the others asked of the model",
     )
+    maps: str = _knob("maps", "name of the maps in the run")
+    scores: str = _knob("faithfulness", "name of the scores in the run")
     payload: str = _knob("relevance", "full | reduced | relevance")
     strength: float = _knob(0.2, "of relevancy: how much one hop moves; of full and reduced payloads only")
     masks_subdir: str = _knob("truth/masks", "where a scene keeps masks of what matters; may be missing")
@@ -248,8 +250,9 @@ class ReportConfig:
     """Write overlays and report/index.html again from a run's maps and tables. Needs neither Ray nor a model."""
 
     output_dir: str = _knob("", "where runs are kept; local or s3://")
-    run: str = _knob("demo", "name of the run")
+    run: str | None = _knob(None, "name of a run that has maps; null: demo, explained first if it has none yet")
     maps: str = _knob("maps", "name of the maps in the run")
+    scores: str = _knob("faithfulness", "name of the scores in the run; there may be none")
     overlays: bool = _knob(True, "draw pictures, overlays/<method>/<scene>/<stem>.png")
 
     def __post_init__(self) -> None:
@@ -303,4 +306,22 @@ class TinyDriverConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_dir", resolve_path(self.output_dir or "outputs/simlingo-tiny"))
         for name in ("steps", "frames", "held_out", "threads"):
+            _at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What things cost. Benches: relevance (against plain forward + backward; sizes tiny, mid)."""
+
+    bench: str = _knob("relevance", "what is measured")
+    size: Any = _knob("tiny", "one or a list of: tiny (`model`), mid (random weights, 12 layers, 1025 vision tokens)")
+    rounds: int = _knob(5, "each side is run so often, the plain one before and after it")
+    threads: int = _knob(1, "of torch; more than one also measure what else the machine does")
+    memory: bool = _knob(True, "measure peak memory, each side in a process of its own (Linux)")
+    output_dir: str = _knob("", "benchmarks/<bench>_<time>.json goes there; local or s3://")
+    model: ModelConfig = _knob(ModelConfig, "of size tiny")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output_dir", resolve_path(self.output_dir or "outputs"))
+        for name in ("rounds", "threads"):
             _at_least(name, getattr(self, name), 1)

@@ -108,7 +108,7 @@ def test_no_arguments(process: Run, here: Run, tmp_path: Path) -> None:
     shown = here("show", f"path={run / rows[0]['payload_path']}").out
     assert "target     curv_energy" in shown
     assert repr(rows[0]["text"]) in shown
-    assert "language_block_0" in shown
+    assert "relevancy_negative: language float32" in shown
     (part,) = run.glob("metrics/*.parquet")
     assert "32 rows" in here("show", f"path={part}").out
     assert "holds 1 runs: bundled" in here("show", f"path={output_dir}").out

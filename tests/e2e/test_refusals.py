@@ -113,6 +113,35 @@ def test_checkpoints_that_do_not_fit(here: Run, copied: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("job", "override", "words"),
+    [
+        ("explain", "methods=relevanci", ["unknown method 'relevanci'", "Did you mean 'relevancy'"]),
+        ("explain", "methods=[]", ["methods is empty", "relevancy"]),
+        ("explain", "methods=[relevancy,original_raw]", ["original_raw", "payload=full"]),
+        ("explain", "source=payload", ["source='payload'", "Did you mean 'payloads'"]),
+        ("explain", "source=payloads", ["source=payloads", "no capture at", "source=online"]),
+        ("explain", "maps=a/b", ["maps='a/b'", "Use letters"]),
+        ("explain", "kinematic_metric=curv_enrgy", ["curv_enrgy", "Did you mean 'curv_energy'"]),
+        ("explain", "strength=0", ["strength=0", "positive"]),
+        ("explain", "ig_steps=0", ["ig_steps=0", "at least 1"]),
+        ("explain", "iss_samples=3", ["iss_samples=3", "at least 10"]),
+        ("explain", "scene_dir=/nowhere/at/all", ["/nowhere/at/all", "does not exist"]),
+        ("explain", "model.checkpoint=/nowhere/pytorch_model.pt", ["/nowhere/pytorch_model.pt", "does not exist"]),
+        ("faithfulness", "run=nobody", ["nobody/maps holds no maps", "jobs/explain.py run=nobody"]),
+        ("faithfulness", "num_random=0", ["num_random=0", "at least 1"]),
+        ("faithfulness", "randomize=1", ["randomize", "Did you mean 'randomise'"]),
+        ("report", "run=nobody", ["nobody/maps holds no maps", "jobs/explain.py run=nobody"]),
+    ],
+)
+def test_mistakes_about_maps(here: Run, tmp_path: Path, job: str, override: str, words: list[str]) -> None:
+    arguments = [f"output_dir={tmp_path / 'out'}", *([] if override.startswith("run=") else ["run=r"])]
+    line = here(job, *arguments, override).refused(job)
+    for word in words:
+        assert word in line
+    assert not list(tmp_path.glob("out/*")), "a refused job leaves nothing"
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of one megabyte."""

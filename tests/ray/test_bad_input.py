@@ -157,7 +157,7 @@ def test_standing_still_is_degenerate(
         assert row["error"] is None
         content = payload_file.load(Location.of(tmp_path / "r" / row["payload_path"]))
         assert content["meta"]["degenerate"] is still
-        largest = max(float(e[0]["cam"].float().max()) for e in content["attention"].values())
+        largest = max(float(r.abs().max()) for r in content["relevance"]["patches"].values())
         assert (largest == 0) == still
 
 

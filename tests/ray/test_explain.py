@@ -19,6 +19,7 @@ from vla_ray.config import CaptureConfig, ExplainConfig, ModelConfig
 from vla_ray.errors import ConfigError, RunError, StorageError, TargetError
 from vla_ray.explain.heatmap import HeatMap
 from vla_ray.explain.methods import METHODS, parse_methods
+from vla_ray.explain.references import Occlusion
 from vla_ray.pipelines import driver
 from vla_ray.pipelines.capture import capture
 from vla_ray.pipelines.explain import explain
@@ -135,12 +136,13 @@ def levels(
             raise StorageError("no space left on device. Make room.")
         return commit(run_dir, committed)
 
-    with in_process(), pytest.MonkeyPatch.context() as patch, pytest.raises(StorageError) as full:
+    with in_process(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("vla_ray.stages.work.commit", second_fails)
-        explain(ExplainConfig(**{**vars(online), "batch_size": 2}))
+        with pytest.raises(StorageError) as full:
+            explain(ExplainConfig(**{**vars(online), "batch_size": 2}))
     stopped = Stopped(online, rows(run), map_files(run), str(full.value))
     faults = Path(os.environ["VLA_RAY_TEST_FAULTS"])
-    faults.write_text(json.dumps({"kill_once": {"processed": FRAMES[2], "committed": FRAMES[3]}}))
+    faults.write_text(json.dumps({"kill_once": {"processed": FRAMES[2]}}))
     assert explain(ExplainConfig(**{**vars(online), "batch_size": 1})) == 0
     for file in faults.parent.iterdir():
         file.unlink()
@@ -246,7 +248,7 @@ def test_killed_while_reading_payloads(
 ) -> None:
     """Without a model in the workers the protocol is the same."""
     run = levels.runs["action"]["relevance"].parent
-    faults(kill_once={"process": FRAMES[1], "committed": FRAMES[3]})
+    faults(kill_once={"process": FRAMES[1]})
     config = explaining(run.parent, run=run.name, maps="killed", methods=FOLDS, batch_size=1)
     assert explain(config) == 0
     killed, whole = maps_of(run / "killed", rows), maps_of(run / "maps", rows)
@@ -275,9 +277,7 @@ def test_a_finished_run_is_recognised(
     assert {p: p.stat().st_mtime_ns for p in levels.runs["action"]["full"].rglob("*")} == before
 
 
-def test_other_maps_need_another_name(
-    levels: Levels, explaining: Explaining, in_process: Any, rows: Rows
-) -> None:
+def test_other_maps_need_another_name(levels: Levels, explaining: Explaining, in_process: Any, rows: Rows) -> None:
     run = levels.runs["action"]["full"].parent
     before = map_files(run / "maps")
     for changes, message in (
@@ -285,7 +285,7 @@ def test_other_maps_need_another_name(
         ({"methods": FOLDS, "strength": 0.3}, "strength: run has 0.2, asked 0.3"),
         ({"methods": [*FOLDS, "iss"], "iss_samples": 50}, "iss_samples: run has null, asked 50"),
     ):
-        with pytest.raises(RunError, match="started with other settings") as refused:
+        with pytest.raises(RunError, match=r"started with other settings.*another maps=NAME") as refused:
             explain(explaining(run.parent, run=run.name, **changes))
         assert message in str(refused.value)
     assert map_files(run / "maps") == before
@@ -343,34 +343,39 @@ def test_limit_takes_frames_in_their_natural_order(
 
 
 @pytest.mark.parametrize("source", ["payloads", "online"])
-def test_the_command_that_goes_on_is_the_one_that_was_given(
+def test_the_command_that_goes_on_names_the_outer_run(
     tmp_path: Path,
     configure: Configure,
     explaining: Explaining,
     in_process: Any,
+    rows: Rows,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     source: str,
 ) -> None:
-    """Maps are a run inside a run: what is printed must name the outer one."""
+    """Maps are a run inside a run: pasting what is printed must find both."""
     add = driver.Progress.add
 
     def interrupted(self: driver.Progress, done: int, failed: int) -> None:
         add(self, done, failed)
         raise KeyboardInterrupt
 
+    config = explaining(tmp_path, maps="m", limit=2, batch_size=1, source=source)
     with in_process():
         if source == "payloads":
             assert capture(configure(tmp_path, limit=2)) == 0
-        monkeypatch.setattr(driver.Progress, "add", interrupted)
-        monkeypatch.setattr("sys.argv", ["jobs/explain.py", f"output_dir={tmp_path}", "run=r", "maps=m"])
-        config = explaining(tmp_path, maps="m", limit=2, batch_size=1, source=source)
-        assert explain(config) == 130
+        with monkeypatch.context() as patch:
+            patch.setattr(driver.Progress, "add", interrupted)
+            patch.setattr("sys.argv", ["jobs/explain.py", f"output_dir={tmp_path}", "run=r", "maps=m"])
+            assert explain(config) == 130
+        before, files = rows(tmp_path / "r/m"), map_files(tmp_path / "r/m")
+        assert len(before) == 1
+        assert explain(config) == 0
     (line,) = (record.message for record in caplog.records if "to go on" in record.message)
-    words = line.split()
-    assert "run=r" in words, line
-    assert "maps=m" in words, line
-    assert "run=m" not in words, line
+    assert line.endswith("run=r maps=m")
+    assert line.count("run=") == 1
+    assert rows(tmp_path / "r/m")[0] == before[0]
+    assert {n: t for n, t in map_files(tmp_path / "r/m").items() if n in files} == files
 
 
 # Bad frames --------------------------------------------------------------------------------------------------------
@@ -526,6 +531,22 @@ def test_damaged_payloads_are_rows_with_their_reason(
         original_maps(parse_methods("original_generic"), content, geometry)
 
 
+def test_hidden_cells_that_lead_to_nothing_finite(
+    tmp_path: Path, explaining: Explaining, in_process: Any, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method of forwards alone has no gradient that would have told; a map of NaN would break the whole report."""
+    nothing = Occlusion(np.full((12, 24), np.nan, np.float32), np.zeros((12, 24), np.float32), 1)
+    monkeypatch.setattr("vla_ray.stages.pixel_maps.occlusion", lambda *_: nothing)
+    with in_process():
+        config = explaining(tmp_path, methods=["relevancy", "occlusion"], limit=1, max_error_rate=1.0, report=True)
+        assert explain(config) == 0
+    (row,) = rows(tmp_path / "r/maps")
+    assert (row["status"], row["error_type"]) == ("failed", "TargetError")
+    assert row["error"].startswith("occlusion: ")
+    assert "not finite" in row["error"]
+    assert list((tmp_path / "r/maps").glob("*.parquet")) == []
+
+
 # Refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -577,9 +598,9 @@ def test_no_capture_or_no_capture(levels: Levels, tmp_path: Path, explaining: Ex
     assert "source=online" in line
     line = refusal(TargetError, explaining(tmp_path, methods="relevanci"))
     assert "Did you mean 'relevancy'?" in line
+    line = refusal(RunError, explaining(tmp_path, run="a/b"))
+    assert "run='a/b'" in line
     run = levels.runs["action"]["full"].parent
     line = refusal(RunError, explaining(run, run="maps"))
     assert f"{run / 'maps'} is a run of explain, not of capture" in line
-    line = refusal(RunError, explaining(tmp_path, run="a/b"))
-    assert "run='a/b'" in line
     assert list(tmp_path.iterdir()) == []

@@ -26,6 +26,7 @@ from vla_ray.models.simlingo.config import read_config
 from vla_ray.pipelines.capture import capture
 from vla_ray.pipelines.explain import explain
 from vla_ray.pipelines.faithfulness import companions, faithfulness, priors
+from vla_ray.report.build import build_report
 from vla_ray.report.shown import read_scene_maps
 from vla_ray.schema import SCORES
 from vla_ray.stages.maps import evidence_of, read_map
@@ -60,7 +61,9 @@ def measuring(tiny_model: ModelConfig) -> Measuring:
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`first` and `second`: a red light and a car that make the expert stop in each, with masks of them."""
     root = tmp_path_factory.mktemp("scenes")
-    for i, (name, causes) in enumerate({"first": ("red_light", "lead_car"), "second": ("lead_car", "red_light")}.items()):
+    for i, (name, causes) in enumerate(
+        {"first": ("red_light", "lead_car"), "second": ("lead_car", "red_light")}.items()
+    ):
         moments = [next(iter(decisive_scenes(SEED + 1000 * i + 100 * k, 1, c))) for k, c in enumerate(causes)]
         write_scene(root / name, moments)
     return root
@@ -68,7 +71,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(
-    scenes: Path, explaining: Explaining, measuring: Measuring, in_process: Any, tmp_path_factory: pytest.TempPathFactory
+    scenes: Path,
+    explaining: Explaining,
+    measuring: Measuring,
+    in_process: Any,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> FaithfulnessConfig:
     """Maps of four frames, measured on Ray."""
     output_dir = tmp_path_factory.mktemp("measured")
@@ -127,7 +134,9 @@ def test_every_frame_has_every_measure(measured: FaithfulnessConfig, rows: Rows)
     frames = [r["frame_id"] for r in table]
     for frame in frames:
         for subject in (*METHODS, RANDOM, PRIOR):
-            assert {"early", "gap", "flip_auc", "deleted", "lift", "pointing", "lift_elsewhere"} <= found[frame, subject]
+            assert {"early", "gap", "flip_auc", "deleted", "lift", "pointing", "lift_elsewhere"} <= found[
+                frame, subject
+            ]
         assert "all_hidden_m" in found[frame, PICTURE]
         for name in PERTURBATIONS:
             assert {"route_m", "speed_m"} <= found[frame, name]
@@ -245,19 +254,21 @@ def test_a_model_that_does_not_look(
     tmp_path: Path,
     scenes: Path,
     tiny_model: ModelConfig,
+    configure: Any,
     explaining: Explaining,
     measuring: Measuring,
     in_process: Any,
     rows: Rows,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    model = blind(tiny_model, tmp_path / "blind")
+    model, settings = blind(tiny_model, tmp_path / "blind"), {"scene_dir": str(scenes), "kinematic_metric": TARGET}
+    online = {"source": "online", "methods": ["relevancy", "gradient_x_input"], "model": model}
     with in_process():
-        config = explaining(tmp_path, scene_dir=str(scenes), methods=METHODS, kinematic_metric=TARGET, model=model)
-        assert explain(config) == 0
+        assert capture(configure(tmp_path, limit=1, **settings)) == 0
+        assert explain(explaining(tmp_path, **online, **settings)) == 0
         capsys.readouterr()
-        # The model is the maps' own, whatever the configuration says.
-        assert faithfulness(measuring(tmp_path, regenerate=1, randomise=1, report=True)) == 0
+        # The model is the maps' own, whatever else was captured under this name, and whatever the configuration says.
+        assert faithfulness(measuring(tmp_path, frames=2, regenerate=1, randomise=1, report=True)) == 0
     verdict = "the action does not depend on the picture"
     assert f"{TARGET}: {verdict}" in capsys.readouterr().out
     assert verdict in (tmp_path / "r/faithfulness/table.md").read_text().lower()
@@ -306,8 +317,14 @@ def test_masks_that_do_not_fit(
         assert faithfulness(whole) == 0
     assert "lift" not in set(scores_of(tmp_path / "r/again", rows)["measure"])
     assert "early" in set(scores_of(tmp_path / "r/again", rows)["measure"])
-    # The report shows the scores that were asked for, not those of another name.
-    assert "2 frames of 2 scenes" in (tmp_path / "r/report/index.html").read_text()
+    # The report shows the scores that were asked for, not those of another name, and those of its own maps.
+    page = tmp_path / "r/report/index.html"
+    assert "2 frames of 2 scenes" in page.read_text()
+    with in_process():
+        assert explain(explaining(tmp_path, maps="others", report=True, **{**config, "methods": "rollout"})) == 0
+    assert "2 frames of 2 scenes" not in page.read_text()
+    build_report(Location.of(tmp_path / "r"), scores="again")
+    assert "2 frames of 2 scenes" in page.read_text()
 
 
 def test_frames_that_failed_or_have_no_gradient(

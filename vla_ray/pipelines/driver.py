@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,7 @@ class Job:
         settings: every key that changes results (see RunDirectory.open).
         checkpoints: `file_identity` of the files that results depend on.
         mode: part of the output directories' names.
+        names: setting -> value of what names the run on the command line, its own name last; empty: run=<run>.
     """
 
     name: str
@@ -66,6 +67,12 @@ class Job:
     max_error_rate: float = 0.05
     retry_failed: bool = False
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def setting(self) -> str:
+        """What a message tells the user to change for a run of another name."""
+        return [*self.names][-1] if self.names else "run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +129,7 @@ class Driver:
             config_yaml=job.config_yaml,
             command=shlex.join(["python", *sys.argv]),
             overrides=sys.argv[1:],
+            setting=job.setting,
         )
         self.manifest = manifest_fingerprint((f.to_dict() for f in job.frames), job.targets)
 
@@ -202,7 +210,7 @@ class Driver:
             if frame is not None and (image, speed) != (frame.image, frame.speed_mps):
                 raise RunError(
                     f"run {self.location} holds {frame_id} computed from {image} at {speed} m/s, which is now "
-                    f"{frame.image} at {frame.speed_mps} m/s. Give another run=NAME for the new inputs."
+                    f"{frame.image} at {frame.speed_mps} m/s. Give another {self.job.setting}=NAME for the new inputs."
                 )
 
     def _execute(self, work: Work, lease: Lease) -> int:
@@ -318,8 +326,9 @@ class Driver:
     def resume_command(self) -> str:
         """The command of this run, with its name."""
         # Without retry_failed: what failed before is to be done already, what failed since is not.
-        argv = [a for a in sys.argv if not a.startswith(("run=", "retry_failed="))]
-        return shlex.join(["python", *argv, f"run={self.job.run}"])
+        names = self.job.names or {"run": self.job.run}
+        argv = [a for a in sys.argv if a.partition("=")[0] not in {*names, "retry_failed"}]
+        return shlex.join(["python", *argv, *(f"{setting}={name}" for setting, name in names.items())])
 
 
 @contextmanager

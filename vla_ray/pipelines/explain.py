@@ -24,6 +24,7 @@ from vla_ray.pipelines.captured import Captured, read_captured
 from vla_ray.pipelines.driver import Driver, Job, select
 from vla_ray.report.build import Built, build_report
 from vla_ray.storage.files import Location
+from vla_ray.storage.run import check_name
 from vla_ray.targets import Target, parse_targets
 
 
@@ -31,6 +32,7 @@ def explain(config: ExplainConfig) -> int:
     """Make or resume maps; returns the exit code (0 fine, 1 too many failed frames, 130 or 143 stopped)."""
     methods = parse_methods(config.methods)
     run = config.run or time.strftime("explain_%y%m%d_%H%M%S")
+    check_name(run)
     location = Location.of(config.output_dir) / run
     captured = None if config.source == "online" else read_captured(location)
     if captured is None and config.source == "payloads":
@@ -141,6 +143,7 @@ def _job(
         name="explain",
         output_dir=str(location),
         run=config.maps,
+        names={"run": location.name, "maps": config.maps},
         frames=frames,
         targets=[t.name for t in targets],
         mode=targets[0].mode,

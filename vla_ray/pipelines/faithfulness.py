@@ -36,11 +36,13 @@ from vla_ray.targets import Spline
 
 def faithfulness(config: FaithfulnessConfig) -> int:
     """Measure or resume; returns the exit code (0 fine, 1 too many failed frames, 130 or 143 stopped)."""
+    if config.run is None:
+        raise ConfigError("run is empty; give the name of a run that has maps")
     location = Location.of(config.output_dir) / config.run
     maps = location / config.maps
     explained = read_captured(maps, "explain")
     if explained is None:
-        raise RunError(f"{maps} holds no maps. Make them first: python jobs/explain.py run={config.run}")
+        raise RunError(f"{maps} holds no maps. Make them first: python jobs/explain.py run={location.name}")
     methods = explained.document["settings"]["methods"]
     if config.reference not in methods:
         raise ConfigError(
@@ -77,6 +79,7 @@ def _job(config: FaithfulnessConfig, location: Location, frames: Sequence[FrameR
         name="faithfulness",
         output_dir=str(location),
         run=config.scores,
+        names={"run": location.name, "scores": config.scores},
         frames=frames,
         targets=[t.name for t in explained.targets],
         mode=explained.targets[0].mode,

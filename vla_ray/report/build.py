@@ -34,7 +34,7 @@ class Built:
 def build_report(
     run: Location, maps: str = "maps", overlays: bool = True, page: bool = True, scores: str = "faithfulness"
 ) -> Built:
-    """Write `overlays/` and `report/` of a run from its maps, and from its faithfulness tables if there are any.
+    """Write `overlays/` and `report/` of a run from its maps, and from the faithfulness tables of these, if any.
 
     Args:
         scores: name of the faithfulness run whose tables are shown.
@@ -62,7 +62,9 @@ def build_report(
     if not page:
         count = sum(len(frames) for _, frames in scenes())
         return Built(count, drawn, None)
-    tables, figures = faithfulness_parts(run / scores)
+    measured = (read_json(run / scores / "run.json") or {}).get("settings", {}).get("maps", {})
+    own = measured.get("created") == document["created"]  # numbers of other maps would pass for those of these
+    tables, figures = faithfulness_parts(run, scores) if own else ([], [])
     count = write_page(
         run / "report",
         f"{run.name}: which pixels the action came from",
@@ -88,15 +90,15 @@ def _sheet_row(frames: Sequence[ShownFrame], target: str, methods: Sequence[str]
         return sheet_row(frames, target, methods, None)
 
 
-def faithfulness_parts(run: Location) -> tuple[list[Table], list[Figure]]:
-    """Tables and figures of a faithfulness run; none if there is no such run."""
-    content = read_json(run / "summary.json")
+def faithfulness_parts(run: Location, scores: str = "faithfulness") -> tuple[list[Table], list[Figure]]:
+    """Tables and figures that the faithfulness job left in this run."""
+    content = read_json(run / scores / "summary.json")
     if content is None:
         return [], []
     tables = [Table(**table) for table in content["tables"]]
     figures = []
     for figure in content["figures"]:
-        png = (run / figure["file"]).try_read_bytes()
+        png = (run / scores / figure["file"]).try_read_bytes()
         if png is not None:
             figures.append(Figure(figure["title"], figure["note"], png))
     return tables, figures

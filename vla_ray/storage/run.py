@@ -54,8 +54,9 @@ _SMALL_BYTES = 64 << 20  # hashed whole, in a fraction of a second
 class RunDirectory:
     """`<output_dir>/<run>/` with its run.json. `location` is the directory."""
 
-    def __init__(self, location: Location, asked: dict[str, Any], config_yaml: str) -> None:
+    def __init__(self, location: Location, asked: dict[str, Any], config_yaml: str, setting: str) -> None:
         self.location = location
+        self._setting = setting
         self._asked = asked
         self._config_yaml = config_yaml
         self._document: dict[str, Any] | None = None
@@ -70,6 +71,7 @@ class RunDirectory:
         command: str,
         overrides: Sequence[str] = (),
         checkpoints: Mapping[str, Mapping[str, Any]] | None = None,
+        setting: str = "run",
     ) -> RunDirectory:
         """Find or prepare a run; nothing is written yet.
 
@@ -77,14 +79,12 @@ class RunDirectory:
             settings: every key that changes results, flat, JSON values only.
             config_yaml: the whole resolved configuration, kept as config.yaml.
             checkpoints: `file_identity` of each checkpoint by the name of its setting.
+            setting: what names the run on the command line.
 
         Raises:
             RunError: a bad name, a directory that will vanish, or a run that was started with other settings.
         """
-        if not _NAME.fullmatch(run):
-            raise RunError(
-                f"run={run!r} is no name for a run. Use letters, digits, '.', '_' and '-', not starting with '.'."
-            )
+        check_name(run, setting)
         root = output_dir if isinstance(output_dir, Location) else Location.of(output_dir)
         if root.is_local and any(part in f"{root}/" for part in _RAY_COPIES):
             raise RunError(
@@ -97,7 +97,7 @@ class RunDirectory:
             "command": command,
             "overrides": list(overrides),
         }
-        directory = RunDirectory(root / run, json.loads(json.dumps(asked)), config_yaml)
+        directory = RunDirectory(root / run, json.loads(json.dumps(asked)), config_yaml, setting)
         directory._read_and_compare()
         return directory
 
@@ -145,7 +145,7 @@ class RunDirectory:
         elif old != value:
             raise RunError(
                 f"Run {self.location} was started with {name}={old}, here it would be {value}. "
-                f"Set {name}={old}, or give another run=NAME."
+                f"Set {name}={old}, or give another {self._setting}=NAME."
             )
 
     @property
@@ -206,16 +206,24 @@ class RunDirectory:
         document = read_json(path)
         if document is not None:
             if not isinstance(document, dict) or not set(_FIELDS) <= set(document):
-                raise RunError(f"{path} was not written by this version of vla_ray. Give another run=NAME.")
+                raise RunError(f"{path} was not written by this version of vla_ray. Give another {self._setting}=NAME.")
             differences = _differences(document["settings"], self._asked["settings"])
             differences += _differences(document["checkpoints"], self._asked["checkpoints"], "file of ")
             if differences:
                 raise RunError(
                     f"Run {self.location} was started with other settings: {'; '.join(differences)}. "
-                    "Give another run=NAME, or the run's own values to resume it."
+                    f"Give another {self._setting}=NAME, or the run's own values to resume it."
                 )
         self._document = document
         return document
+
+
+def check_name(run: str, setting: str = "run") -> None:
+    """RunError if this cannot name a run, that is a directory."""
+    if not _NAME.fullmatch(run):
+        raise RunError(
+            f"{setting}={run!r} is no name for a run. Use letters, digits, '.', '_' and '-', not starting with '.'."
+        )
 
 
 def manifest_fingerprint(frames: Iterable[Mapping[str, Any]], targets: Iterable[str]) -> str:

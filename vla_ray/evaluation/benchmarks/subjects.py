@@ -19,6 +19,7 @@ from vla_ray.data.tiles import TileGeometry
 from vla_ray.errors import ConfigError, nearest
 from vla_ray.models.simlingo import Processor, SimLingo, SimLingoConfig, load_model, load_processor
 from vla_ray.models.simlingo.config import read_config
+from vla_ray.models.simlingo.model import NUM_QUERIES
 from vla_ray.models.simlingo.processing import Prompt
 
 PICTURE = (224, 448, 3)  # two tiles side by side, where the model takes two
@@ -46,9 +47,13 @@ class Subject:
         return FrameRef("benchmark/frame", "benchmark", "frame", "frame.png", SPEED_MPS)
 
     @property
-    def length(self) -> int:
-        """Tokens of the language model's sequence before the queries."""
-        return len(self.prompt.ids) + len(self.text)
+    def description(self) -> str:
+        config = self.model.config
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        layers = f"{config.vision['num_hidden_layers']} + {config.language['num_hidden_layers']} layers"
+        vision = f"{len(self.tiles)} tile{'s'[: len(self.tiles) - 1]} of {config.patch_grid**2 + 1} tokens"
+        language = len(self.prompt.ids) + len(self.text) + NUM_QUERIES
+        return f"{parameters:.1f} M parameters, {layers}, {vision}, {language} tokens in the language model"
 
 
 def _tiny(checkpoint: ModelConfig) -> tuple[SimLingo, Processor]:
