@@ -10,7 +10,7 @@ READY  := $(VENV)/.ready
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-setup: $(READY)  ## create .venv with pinned dependencies (about 2 minutes, 1.5 GB)
+setup: $(READY)  ## create .venv with pinned dependencies (about 2 minutes, 2.2 GB)
 
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or give PYTHON=/path/to/python3.11" >&2; exit 2; }

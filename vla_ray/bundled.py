@@ -9,7 +9,7 @@ from vla_ray.config import ExplainConfig
 from vla_ray.errors import RunError
 from vla_ray.storage.files import Location, read_json
 
-RUN = "demo"
+RUN = "bundled"
 
 
 def bundled_run(root: Path, output_dir: str) -> str:
@@ -18,7 +18,8 @@ def bundled_run(root: Path, output_dir: str) -> str:
     Args:
         root: of the repository.
     """
-    if read_json(Location.of(output_dir) / RUN / "maps" / "run.json") is None:
+    document = read_json(Location.of(output_dir) / RUN / "maps" / "run.json") or {}
+    if document.get("status") != "finished":
         from vla_ray.pipelines.explain import explain
 
         asked = [f"run={RUN}", f"output_dir={output_dir}", "kinematic_metric=longitudinal_progress", "report=false"]

@@ -186,7 +186,7 @@ class ExplainConfig(FramesConfig):
         super().__post_init__()
         _choose("source", self.source, ("auto", "payloads", "online"))
         _at_least("ig_steps", self.ig_steps, 1)
-        _at_least("iss_samples", self.iss_samples, 10)
+        _at_least("iss_samples", self.iss_samples, 32)
         if self.strength <= 0:
             raise ConfigError(f"strength={self.strength:g} must be positive; 0.2 is the default.")
 
@@ -198,7 +198,7 @@ class FaithfulnessConfig(RunConfig):
     The model is that of the run. `model.device` and everything about replicas is as given here.
     """
 
-    run: str | None = _knob(None, "name of a run that has maps; null: demo, explained first if it has none yet")
+    run: str | None = _knob(None, "name of a run that has maps; null: the bundled scenes, explained first")
     maps: str = _knob("maps", "name of the maps in the run")
     scores: str = _knob("faithfulness", "name of the scores in the run")
     reference: str = _knob("relevancy", "the method whose blobs random maps have, whose mean is the prior")
@@ -250,7 +250,7 @@ class ReportConfig:
     """Write overlays and report/index.html again from a run's maps and tables. Needs neither Ray nor a model."""
 
     output_dir: str = _knob("", "where runs are kept; local or s3://")
-    run: str | None = _knob(None, "name of a run that has maps; null: demo, explained first if it has none yet")
+    run: str | None = _knob(None, "name of a run that has maps; null: the bundled scenes, explained first")
     maps: str = _knob("maps", "name of the maps in the run")
     scores: str = _knob("faithfulness", "name of the scores in the run; there may be none")
     overlays: bool = _knob(True, "draw pictures, overlays/<method>/<scene>/<stem>.png")

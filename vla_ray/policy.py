@@ -200,7 +200,7 @@ class SimLingo:
         if not explained.finite[0]:
             raise TargetError(f"{target} is {value}, or its gradient is not finite: there is nothing to explain.")
         unit = KINEMATICS[target].unit if target in KINEMATICS else "logit"
-        prediction = self._prediction(visit)
+        prediction = self._prediction(visit, spline)
         if explained.is_degenerate(0):
             return Explanation(frame, prediction, target, unit, value, method, None)
         if wanted.kind == "fold":
@@ -220,8 +220,8 @@ class SimLingo:
         visit = Visit(self.model, self.processor, [tiles], [prompt], self.max_new_tokens, folds, strength)
         return visit, tiles, geometry
 
-    def _prediction(self, visit: Visit) -> Prediction:
-        decision, scalars = visit.decision, visit.kinematics(Spline())
+    def _prediction(self, visit: Visit, spline: Spline | None = None) -> Prediction:
+        decision, scalars = visit.decision, visit.kinematics(spline or Spline())
         return Prediction(
             self.processor.decode(visit.texts[0]),
             decision.route_B202[0].detach().cpu().numpy(),

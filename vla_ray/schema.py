@@ -98,7 +98,7 @@ SCORES = pa.schema(
         pa.field("scene", pa.string(), nullable=False),
         pa.field("target", pa.string(), nullable=False),
         pa.field("subject", pa.string(), nullable=False),  # a method, a baseline, or a perturbation of the picture
-        pa.field("measure", pa.string(), nullable=False),  # early, lift, route_m ...: stages/faithfulness.py lists them
+        pa.field("measure", pa.string(), nullable=False),  # early, lift, route_m ...: stages/scores.py lists them
         pa.field("at", pa.float64()),  # for curves: the share of cells hidden
         pa.field("value", pa.float64()),  # null where it is not defined for this frame
     ]

@@ -125,7 +125,7 @@ def test_checkpoints_that_do_not_fit(here: Run, copied: Path, tmp_path: Path) ->
         ("explain", "kinematic_metric=curv_enrgy", ["curv_enrgy", "Did you mean 'curv_energy'"]),
         ("explain", "strength=0", ["strength=0", "positive"]),
         ("explain", "ig_steps=0", ["ig_steps=0", "at least 1"]),
-        ("explain", "iss_samples=3", ["iss_samples=3", "at least 10"]),
+        ("explain", "iss_samples=3", ["iss_samples=3", "at least 32"]),
         ("explain", "scene_dir=/nowhere/at/all", ["/nowhere/at/all", "does not exist"]),
         ("explain", "model.checkpoint=/nowhere/pytorch_model.pt", ["/nowhere/pytorch_model.pt", "does not exist"]),
         ("faithfulness", "run=nobody", ["nobody/maps holds no maps", "jobs/explain.py run=nobody"]),

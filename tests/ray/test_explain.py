@@ -582,14 +582,15 @@ def test_a_fold_that_relevance_payloads_lack(
         metrics = {"kinematic_metric": METRICS_ASKED, "methods": "relevancy_positive"}
         assert capture(configure(tmp_path, limit=1, **metrics)) == 0
         line = refusal(ConfigError, explaining(tmp_path, methods=["relevancy_positive", "rollout"]))
-        assert line.startswith("rollout are not in the relevance payloads")
+        assert line.startswith("rollout: not in the relevance payloads")
         assert "they hold relevancy_positive" in line
         assert not (tmp_path / "r/maps").exists()
         # `relevancy` of an energy is the positive fold, of progress the negative one: only one of them is there.
-        assert explain(explaining(tmp_path, max_error_rate=1.0)) == 0
-    found = {r["target"]: r for r in rows(tmp_path / "r/maps")}
-    assert found["curv_energy"]["status"] == "ok"
-    assert "not relevancy_negative" in found["longitudinal_progress"]["error"]
+        assert refusal(ConfigError, explaining(tmp_path)).startswith("relevancy: not in the relevance payloads")
+        energy = configure(tmp_path, run="e", limit=1, kinematic_metric="curv_energy", methods="relevancy_positive")
+        assert capture(energy) == 0
+        assert explain(explaining(tmp_path, run="e")) == 0
+    assert [r["status"] for r in rows(tmp_path / "e/maps")] == ["ok"]
 
 
 def test_no_capture_or_no_capture(levels: Levels, tmp_path: Path, explaining: Explaining, no_ray: None) -> None:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from vla_ray.attention.watch import AttentionCall, Watcher, attention_modules, sdpa
 
 BLOCK_ROWS = 128  # at most: causal blocks of fewer rows leave more keys out
-BLOCK_ELEMENTS = 1 << 20  # of a matrix of all heads
+BLOCK_ELEMENTS = 1 << 20  # of a matrix of all heads: a processor's cache
+GPU_BLOCK_ELEMENTS = 1 << 26  # a GPU wants few large kernels; 256 MB for each of two matrices in float32
 
 # A layer's matrix, as the mean over heads of P * relu(dP), P * relu(-dP), P * dP, P * |dP|, or P: what raises the
 # scalar, what lowers it, both (cancelling or not), or what is looked at, whatever the scalar.
@@ -131,6 +132,10 @@ class RelevanceTape(Watcher):
     Args:
         towers: name -> model.
         chains: tower -> name -> what to fold there.
+
+    Attributes:
+        bottoms: tower -> output of its first layer's attention. Once its gradient is known all is folded, so backward
+            may end there. To be taken out by whoever runs backward: a tape that keeps it keeps the graph, in a cycle.
     """
 
     def __init__(self, towers: Mapping[str, nn.Module], chains: Mapping[str, Mapping[str, Chain]]) -> None:
@@ -140,6 +145,7 @@ class RelevanceTape(Watcher):
             for tower, model in towers.items()
             for layer, module in enumerate(attention_modules(model))
         }
+        self.bottoms: dict[str, Tensor] = {}
         self._seeds: dict[str, Seeds] = {}
         self._rows: dict[str, dict[str, Row]] = {}
         self._last: dict[str, int] = {}
@@ -165,8 +171,10 @@ class RelevanceTape(Watcher):
         output_BHND = sdpa(module, call).transpose(1, 2)
         place = self._places.get(id(module))
         if place is not None and output_BHND.requires_grad:
-            inputs = call.detached()
-            output_BHND.register_hook(lambda gradient: self._fold(*place, inputs, gradient))
+            inputs, (tower, layer) = call.detached(), place
+            output_BHND.register_hook(lambda gradient: self._fold(tower, layer, inputs, gradient))
+            if layer == 0:
+                self.bottoms[tower] = output_BHND
         return output_BHND.transpose(1, 2)
 
     def _fold(self, tower: str, layer: int, call: AttentionCall, gradient_BHND: Tensor) -> None:
@@ -231,9 +239,10 @@ class _Blocks:
         # Read once per block, so in the order in which they are read.
         self._key, self._value = call.key.contiguous(), call.value.contiguous()
         self._batch, heads, self._length, _ = call.query.shape
-        self._rows = min(self._length, BLOCK_ROWS, max(1, BLOCK_ELEMENTS // (heads * self._length)))
+        elements = BLOCK_ELEMENTS if call.query.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+        self._rows = min(self._length, BLOCK_ROWS, max(1, elements // (heads * self._length)))
         row_of_blocks = heads * self._rows * self._length
-        self._samples = min(self._batch, max(1, BLOCK_ELEMENTS // row_of_blocks))
+        self._samples = min(self._batch, max(1, elements // row_of_blocks))
         self._room = torch.empty(2, self._samples * row_of_blocks, dtype=precision, device=call.query.device)
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:

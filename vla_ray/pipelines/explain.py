@@ -7,6 +7,7 @@ any other.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +26,9 @@ from vla_ray.pipelines.driver import Driver, Job, select
 from vla_ray.report.build import Built, build_report
 from vla_ray.storage.files import Location
 from vla_ray.storage.run import check_name
-from vla_ray.targets import Target, parse_targets
+from vla_ray.targets import Target, acting_direction, parse_targets
+
+logger = logging.getLogger(__name__)
 
 
 def explain(config: ExplainConfig) -> int:
@@ -38,6 +41,8 @@ def explain(config: ExplainConfig) -> int:
     if captured is None and config.source == "payloads":
         raise RunError(f"source=payloads: there is no capture at {location}. Capture first, or use source=online.")
     if captured is not None:
+        names = ", ".join(t.name for t in captured.targets)
+        logger.info("from the payloads of %s, with its frames, model and targets: %s", captured.location, names)
         check_level(captured, methods, config.strength)
         job = _job_of_payloads(config, captured, methods)
         targets: Sequence[Target] = captured.targets
@@ -45,6 +50,7 @@ def explain(config: ExplainConfig) -> int:
         targets = parse_targets(
             config.explain_mode, config.kinematic_metric, config.text_token_strategy, config.text_token_index
         )
+        logger.info("online: frames of %s, model %s", ", ".join(config.scene_dir), config.model.checkpoint)
         job = _job_online(config, location, targets, methods)
     driver = Driver(job)
     code = _execute(driver, config, targets, methods, captured)
@@ -76,10 +82,12 @@ def check_level(captured: Captured, methods: Sequence[Method], strength: float) 
         )
     stored = set(captured.document["settings"].get("folds") or ())
     if have == "relevance":
-        missing = [m.name for m in methods if m.kind == "fold" and not stored & set(m.folds())]
+        # Which direction acts may depend on the value's sign.
+        directions = {acting_direction(t.name, sign) for t in captured.targets for sign in (1.0, -1.0)}
+        missing = [m.name for m in methods if m.kind == "fold" and not {m.fold_for(d) for d in directions} <= stored]
         if missing:
             raise ConfigError(
-                f"{', '.join(missing)} are not in the relevance payloads of {captured.location} (they hold "
+                f"{', '.join(missing)}: not in the relevance payloads of {captured.location} (they hold "
                 f"{', '.join(sorted(stored))}). Use source=online, or capture with methods={','.join(missing)} or "
                 "payload=reduced under another run=NAME."
             )

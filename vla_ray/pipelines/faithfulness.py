@@ -5,6 +5,7 @@ A run of its own inside the run it measures, `<output_dir>/<run>/faithfulness/`.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Generator, Sequence
 from functools import partial
@@ -22,16 +23,18 @@ from vla_ray.explain.faithfulness.baselines import mean_map
 from vla_ray.pipelines.captured import Captured, read_captured
 from vla_ray.pipelines.driver import Driver, Job, Todo
 from vla_ray.report.build import build_report
-from vla_ray.report.shown import read_scene_maps
-from vla_ray.schema import OK
+from vla_ray.schema import MAPS, OK
 from vla_ray.stages.faithfulness import Companion, FaithfulnessReplica, FaithfulnessSpec
 from vla_ray.stages.maps import evidence_of
 from vla_ray.stages.payloads import estimate_bytes
 from vla_ray.stages.replica import DTYPES, ModelSpec
 from vla_ray.stages.work import Summary
 from vla_ray.storage.files import Location
+from vla_ray.storage.fragments import read_rows
 from vla_ray.storage.ledger import read_metrics
 from vla_ray.targets import Spline
+
+logger = logging.getLogger(__name__)
 
 
 def faithfulness(config: FaithfulnessConfig) -> int:
@@ -67,6 +70,8 @@ def faithfulness(config: FaithfulnessConfig) -> int:
     if code in (0, 1) and not config.dry_run:
         summary = summarise(driver.location, maps)
         write_summary(driver.location, summary)
+        for warning in summary.warnings:
+            logger.warning("%s", warning)
         sys.stdout.write(summary.text + f"\n  tables   {driver.location / 'table.md'}\n")
         if config.report:
             built = build_report(location, config.maps, overlays=False, scores=config.scores)
@@ -151,13 +156,14 @@ def priors(maps: Location, method: str) -> dict[tuple[str, str], np.ndarray]:
     """
     table = read_metrics(maps, ["frame_id", "scene", "target", "status", "target_scalar", "payload_path"])
     rows = table.filter(pc.equal(table["status"], OK)).to_pylist()
-    scalars = {(row["frame_id"], row["target"]): row["target_scalar"] for row in rows}
+    known = {(row["frame_id"], row["target"]): row for row in rows}
     found: dict[str, dict[str, list[np.ndarray]]] = {}
-    for (frame_id, target), several in read_scene_maps(maps, rows).items():
-        for row in several:
-            if row["method"] == method:
-                values = evidence_of(row, scalars[frame_id, target])
-                found.setdefault(target, {}).setdefault(row["scene"], []).append(values)
+    for path, part in read_rows(maps, (row["payload_path"] for row in rows if row["payload_path"]), MAPS):
+        for row in part.filter(pc.equal(part["method"], method)).to_pylist():
+            own = known.get((row["frame_id"], row["target"]))
+            if own is not None and own["payload_path"] == path:
+                values = evidence_of(row, own["target_scalar"])
+                found.setdefault(row["target"], {}).setdefault(row["scene"], []).append(values)
     result = {}
     for target, scenes in found.items():
         means = {scene: (len(values), mean_map(values)) for scene, values in scenes.items()}

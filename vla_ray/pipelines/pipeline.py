@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from vla_ray.cluster import kept_connection
 from vla_ray.config import CaptureConfig, ExplainConfig, FaithfulnessConfig, PipelineConfig
 from vla_ray.errors import ConfigError
-from vla_ray.explain.methods import DEFAULT_METHOD, parse_methods
+from vla_ray.explain.chain import STRENGTH
+from vla_ray.explain.methods import DEFAULT_METHOD, Method, parse_methods
 from vla_ray.pipelines.capture import capture
 from vla_ray.pipelines.explain import explain
 from vla_ray.pipelines.faithfulness import faithfulness
@@ -30,19 +32,35 @@ def pipeline(config: PipelineConfig) -> int:
         )
     stored = [m.name for m in methods if m.kind == "fold"]
     run = config.run or time.strftime("pipeline_%y%m%d_%H%M%S")
+    _check(config, methods)
+    # All settings are checked before anything runs. A capture has chosen its frames: they are not thinned out again.
+    captured = _stage(CaptureConfig, config, run=run, methods=stored)
+    own = {"run": run, "source": "payloads", "methods": names, "every": 1, "limit": None}
+    # The last stage writes the report, with everything in it.
+    explained = _stage(ExplainConfig, config, **own, report=config.measure == 0)
+    measured = None if config.measure == 0 else _stage(FaithfulnessConfig, config, run=run, frames=config.measure)
     with kept_connection():
         logger.info("capture")
-        code = capture(_stage(CaptureConfig, config, run=run, methods=stored))
+        code = capture(captured)
         if code or config.dry_run:
             return code
         logger.info("maps")
-        measured = config.measure != 0
-        # The last stage writes the report, with everything in it.
-        code = explain(_stage(ExplainConfig, config, run=run, source="payloads", methods=names, report=not measured))
-        if code or not measured:
+        code = explain(explained)
+        if code or measured is None:
             return code
         logger.info("faithfulness")
-        return faithfulness(_stage(FaithfulnessConfig, config, run=run, frames=config.measure))
+        return faithfulness(measured)
+
+
+def _check(config: PipelineConfig, methods: Sequence[Method]) -> None:
+    """Refuse before the capture what would be refused after it."""
+    originals = [m.name for m in methods if m.kind == "original"]
+    if originals and config.payload != "full":
+        raise ConfigError(f"{', '.join(originals)} need every head's attention: use payload=full.")
+    if config.payload == "relevance" and config.strength != STRENGTH:
+        raise ConfigError(
+            f"strength={config.strength:g} needs payload=reduced or full: relevance payloads have {STRENGTH:g}."
+        )
 
 
 def _stage(schema: type[Stage], config: PipelineConfig, **own: Any) -> Stage:

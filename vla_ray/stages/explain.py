@@ -24,7 +24,7 @@ from vla_ray.stages.maps import fold_maps
 from vla_ray.stages.original_maps import original_maps
 from vla_ray.stages.payloads import NonFiniteTarget, token_spans
 from vla_ray.stages.pixel_maps import PixelOptions, pixel_maps
-from vla_ray.stages.replica import ModelReplica, ModelSpec, about, failed
+from vla_ray.stages.replica import ModelReplica, ModelSpec, about, ends_with_its_gpu, failed
 from vla_ray.stages.visit import Explained, Visit
 from vla_ray.stages.work import Loaded, Row
 from vla_ray.storage import payload as payload_file
@@ -125,7 +125,8 @@ class PayloadExplainer:
         rows, maps = [], []
         for frame in frames:
             for target in targets:
-                row, found = self._explain(frame, self.targets[target])
+                with ends_with_its_gpu():
+                    row, found = self._explain(frame, self.targets[target])
                 rows.append(row)
                 maps += found
         return _written(self.spec.run_dir, rows, maps)

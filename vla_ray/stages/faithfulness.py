@@ -196,7 +196,8 @@ class FaithfulnessReplica(ModelReplica):
         method = METHODS[self.spec.reference]
         known = [f for f in frames if (f.frame.ref.frame_id, target.name) in self.index]
         good = [f for f in known if self._explained(f, target)["status"] == OK]
-        if not good or method.kind != "fold":
+        # Another model would choose another token: its map would be one of another target.
+        if not good or method.kind != "fold" or target.mode == "text":
             return []
         rows: list[Row] = []
         trained, model = self.model, copy.deepcopy(self.model)
@@ -243,5 +244,8 @@ class FaithfulnessReplica(ModelReplica):
             fold = method.fold_for(acting_direction(target.name, float(explained.scalar_B[b])))
             image = token_spans(visit, self.processor, b)["image"]
             tiles = tiles_of(fold, method.tokens, visit.relevance(explained, b), image)
-            maps.append(assemble(tiles, frame.geometry).combined().values)
+            try:
+                maps.append(assemble(tiles, frame.geometry).combined().values)
+            except TargetError:  # not finite: a model of noise may do that
+                maps.append(None)
         return maps

@@ -94,9 +94,11 @@ def _integrated_gradients(probe: Probe, question: Question, options: PixelOption
         _grid(question),
         steps=options.ig_steps,
         max_steps=max(256, options.ig_steps),
-        batch_size=probe.batch,
+        batch_size=ASK_BATCH,  # with a graph, of which a GPU holds fewer than of plain forwards
     )
-    columns = {"completeness_error": found.completeness_error, "forwards": 3 * found.steps}
+    # A doubling starts anew: midpoints do not nest. A backward pass counts as two.
+    passes = 2 + 3 * (2 * found.steps - options.ig_steps)
+    columns = {"completeness_error": found.completeness_error, "forwards": passes}
     return assemble(found.values_TGG.cpu().numpy(), probe.geometry), "signed", columns
 
 

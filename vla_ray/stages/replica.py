@@ -9,7 +9,8 @@ import json
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -75,14 +76,11 @@ class ModelReplica:
             parts = [frames[i : i + size] for i in range(0, len(frames), size)]
             return [row for part in parts for row in self.process(part, targets)]
         try:
-            return self.run(frames, [self.targets[name] for name in targets])
+            with ends_with_its_gpu():
+                return self.run(frames, [self.targets[name] for name in targets])
         except torch.cuda.OutOfMemoryError:
             if len(frames) == 1:
                 raise
-        except torch.AcceleratorError:
-            # An illegal access or a hardware fault: every later call in this process would fail, frame after frame.
-            logger.exception("the GPU failed; ending this process, its batch is tried again by a new one")
-            os._exit(1)
         torch.cuda.empty_cache()  # outside the handler, where the exception no longer holds the tensors
         self.max_batch = (len(frames) + 1) // 2
         logger.warning("%d frames do not fit into GPU memory; from now on %d at a time", len(frames), self.max_batch)
@@ -135,6 +133,21 @@ class ModelReplica:
             }
             for b, frame in enumerate(frames)
         ]
+
+
+@contextmanager
+def ends_with_its_gpu() -> Iterator[None]:
+    """End the process when its GPU has failed (too little memory is no failure).
+
+    After an illegal access or a hardware fault every later call would fail, frame after frame.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except torch.AcceleratorError:
+        logger.exception("the GPU failed; ending this process, its batch is tried again by a new one")
+        os._exit(1)
 
 
 def about(frame: Loaded, target: Target) -> Row:

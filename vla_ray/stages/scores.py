@@ -5,7 +5,7 @@ Measures per method and baseline: `early`, `deletion_auc`, `insertion_auc`, `gap
 anew); on masks `lift`, `near_mass`, `pointing`, `rank_accuracy`, `lift_elsewhere` (against another frame's mask of the
 same cause: what position alone gives), `nuisance`, `nuisance_lift`; `occlusion` (rank correlation with that map).
 Per frame, subject `picture`: `all_hidden_m`, `mask_area`; per perturbation: `route_m`, `speed_m`, and the same
-`_regenerated`.
+`_regenerated`. Per stage of randomised weights: `randomised_similarity` (stages/faithfulness.py).
 """
 
 from __future__ import annotations

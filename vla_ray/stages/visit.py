@@ -103,8 +103,8 @@ class Visit:
         start = self._now()
         with torch.enable_grad(), watch:
             # The graph starts here: below the patch embeddings there is no attention, and weights have no gradient.
-            self._leaf = model.embed_patches(normalise(np.concatenate(tiles), model.device)).detach().requires_grad_()
-            tokens_TNH = model.encode_patches(self._leaf)
+            leaf = model.embed_patches(normalise(np.concatenate(tiles), model.device)).detach().requires_grad_()
+            tokens_TNH = model.encode_patches(leaf)
         vision_done = self._now()
         with torch.no_grad():
             embeds = model.embed_prompt(batch, tokens_TNH.detach(), processor.image_token_id)
@@ -116,6 +116,10 @@ class Visit:
             embeds = model.embed_prompt(batch, tokens_TNH, processor.image_token_id)
             self.decision: Decision = model.decide(embeds, batch.mask_BP, self.texts)
             self.scores = [self._token_scores(b) for b in range(len(self.texts))]
+        self._bottom: Tensor | None = None
+        if self._tape is not None:
+            self._bottom = self._tape.bottoms["vision"]
+            self._tape.bottoms.clear()
         self.probabilities = {} if self._recorder is None else self._recorder.probabilities
         self.generate_s = generated - vision_done
         self.forward_s = (vision_done - start) + (self._now() - generated)
@@ -186,6 +190,7 @@ class Visit:
     ) -> dict[str, dict[str, Tensor]]:
         """Run the unit gradient of every frame down to the patches, folding relevance on the way."""
         assert self._tape is not None
+        assert self._bottom is not None
         d, tape = self.decision, self._tape
         unit = torch.zeros_like(gradient_BLH)
         weights = torch.zeros(gradient_BLH.shape[:2], dtype=torch.float64, device=unit.device)
@@ -194,7 +199,7 @@ class Visit:
                 unit[b, r] = gradient_BLH[b, r] / seed.grad_rms  # of a size that no precision minds
                 weights[b, r] = seed.weights
         tape.start(language=dict.fromkeys([*self._folds, FIRST_HOP], weights), vision=self._vision_seeds)
-        torch.autograd.grad(d.hidden_BLH, self._leaf, grad_outputs=unit, retain_graph=keep_graph)
+        torch.autograd.grad(d.hidden_BLH, self._bottom, grad_outputs=unit, retain_graph=keep_graph)
         relevance = {"language": self._summed("language"), "vision": self._summed("vision")}
         tape.start()  # lets go of _vision_seeds: a cycle would keep this visit's whole graph until the next collection
         return relevance

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from vla_ray.data.synthetic.render import causal_mask, render
 from vla_ray.data.synthetic.sampling import sample_scene
 from vla_ray.data.synthetic.world import CAUSE_KIND, Scene, effect
+from vla_ray.errors import ConfigError, nearest
 
 MIN_SPEED_MPS = 3.0
 MIN_EFFECT_M = 1.0  # mean distance between the plans with and without the cause
@@ -27,6 +28,10 @@ def is_decisive(scene: Scene) -> bool:
 
 def decisive_scenes(seed: int, count: int, cause: str | None = None) -> Iterator[Scene]:
     """`count` decisive scenes from seeds `seed`, `seed + 1` ...; causes take turns unless one is given."""
+    if cause is not None and cause not in CAUSE_KIND:
+        raise ConfigError(
+            f"cause={cause!r} decides nothing; known: {', '.join(CAUSE_KIND)}.{nearest(cause, CAUSE_KIND)}"
+        )
     causes = [cause] if cause else list(CAUSE_KIND)
     found = 0
     while found < count:
