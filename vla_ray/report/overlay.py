@@ -22,7 +22,7 @@ from vla_ray.data.camera import SIMLINGO_CAMERA, Camera
 from vla_ray.errors import TargetError
 from vla_ray.explain.heatmap import HeatMap
 from vla_ray.report.lettering import fit, font, wrap
-from vla_ray.report.trajectory import birds_eye, draw_plan, mark_route, mark_speed
+from vla_ray.report.trajectory import draw_plan, mark_route, mark_speed
 from vla_ray.storage.files import Location, write_atomic
 
 ByteArray = NDArray[np.uint8]
@@ -32,7 +32,6 @@ __all__ = [
     "COMMENTARY_LINES",
     "OPACITY",
     "Caption",
-    "birds_eye",
     "color_bar",
     "colored",
     "draw",

@@ -1,4 +1,4 @@
-"""A predicted plan, drawn: into the frame's picture through its camera, and from above in metres.
+"""A predicted plan, drawn into the frame's picture through its camera.
 
 The route is a line with dots, the speed waypoints are diamonds (0.25 s apart), both with a dark edge and antialiased,
 so that they are seen on bright road, on dark road and on a map.
@@ -6,20 +6,15 @@ so that they are seen on bright road, on dark road and on a map.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw
 
 from vla_ray.data.camera import Camera
 
-ByteArray = NDArray[np.uint8]
 Color = tuple[int, int, int]
 Spot = tuple[float, float, float]  # u, v, and the radius of a mark at that distance; pixels
 
@@ -29,7 +24,6 @@ EDGE: Color = (16, 20, 28)
 
 _MARK_M = 0.1  # radius of a mark on the road
 _SUPERSAMPLED = 4
-_DPI = 100
 
 
 def draw_plan(image: Image.Image, route: ArrayLike | None, speed_wps: ArrayLike | None, camera: Camera) -> None:
@@ -101,39 +95,3 @@ def _polygon(pen: ImageDraw.ImageDraw, spot: Spot, grow: float, sides: int) -> N
     turn = np.arange(sides) * 2 * np.pi / sides
     ring = np.stack([u + (radius + grow) * np.sin(turn), v + (radius + grow) * np.cos(turn)], -1)
     pen.polygon((ring * _SUPERSAMPLED).ravel().tolist(), fill=255)
-
-
-def birds_eye(
-    route: ArrayLike | None, speed_wps: ArrayLike | None, size: tuple[int, int], reach_m: float | None = None
-) -> ByteArray:
-    """uint8 [height, width, 3] for `size` = (width, height) pixels: the plan from above, the ego at the origin.
-
-    Args:
-        route, speed_wps: [n, 2] in metres, x forward (up in the plot), y right.
-        reach_m: metres ahead that are shown, so that frames compare; None: what this plan needs, in steps of 5 m.
-    """
-    plans = [np.asarray([] if p is None else p, np.float64).reshape(-1, 2) for p in (route, speed_wps)]
-    points = np.concatenate([*plans, np.zeros((1, 2))])
-    points = points[np.isfinite(points).all(-1)]
-    width, height = size
-    left, right, bottom, top = 58, 12, 48, 28  # pixels around the axes
-    across, along = width - left - right, height - bottom - top
-    # One scale for both axes: what lies far to a side needs a longer reach as well.
-    needed = max(points[:, 0].max(), (2 * np.abs(points[:, 1]).max() + 1) * along / across)
-    reach = reach_m or max(20.0, 5.0 * math.ceil(needed / 5.0))
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-    axes = figure.add_axes((left / width, bottom / height, across / width, along / height))
-    axes.plot(plans[0][:, 1], plans[0][:, 0], "-o", color="#0086b3", ms=3.5, lw=1.3, label="route")
-    axes.plot(plans[1][:, 1], plans[1][:, 0], "D", color="#c2410c", ms=4.5, mfc="#ffb454", label="speed waypoints")
-    axes.plot([0], [0], "^", color="#181a1e", ms=9)
-    span = 1.12 * reach
-    side = span / 2 * across / along
-    axes.set(xlim=(-side, side), ylim=(-0.08 * reach, 1.04 * reach), xlabel="right (m)", ylabel="forward (m)")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axes.grid(color="#e3e6ea", lw=0.7)
-    axes.set_axisbelow(True)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=2, fontsize=8, frameon=False)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
