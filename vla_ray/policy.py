@@ -204,7 +204,7 @@ class SimLingo:
         if explained.is_degenerate(0):
             return Explanation(frame, prediction, target, unit, value, method, None)
         if wanted.kind == "fold":
-            spans, seed = token_spans(visit, self.processor, 0), _seed_row(visit, explained)
+            spans, seed = token_spans(visit, self.processor, 0), visit.seed_row(explained, 0)
             relevance = visit.relevance(explained, 0).cpu()
             (made,) = fold_maps(chosen, relevance, about, value, geometry, spans, seed)
         else:
@@ -260,12 +260,6 @@ def explain(
     """
     asked = frame if isinstance(frame, Frame) else Frame(frame)
     return policy.explain(asked, target, method, strength, spline, options)
-
-
-def _seed_row(visit: Visit, explained: Explained) -> torch.Tensor:
-    row = torch.zeros(visit.decision.hidden_BLH.shape[1])
-    row[explained.rows[0]] = explained.seeds[0].weights.cpu()
-    return row
 
 
 def _explanation(

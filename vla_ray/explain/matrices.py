@@ -32,9 +32,7 @@ def relevance_of(payload: Mapping[str, Any], folds: Sequence[str], strength: flo
     spans, seed = meta["spans"], meta["seed"]
     grad_rms = float(seed["grad_rms"])
     chosen = chains(folds)
-    length = spans["speed_queries"][1]
-    weights = torch.zeros(1, length)
-    weights[0, seed["rows"]] = seed["weights"].float()
+    weights = seed_row(meta)[None]
     unit = 1.0 / grad_rms if grad_rms > 0 else 0.0
     blocks = tower_blocks(payload, "language")
     scale = torch.zeros(1)
@@ -70,6 +68,13 @@ def relevance_of(payload: Mapping[str, Any], folds: Sequence[str], strength: flo
         {name: row[:, 1:].float() for name, row in vision.items()},
         {name: row[:, 0].float() for name, row in vision.items()},
     )
+
+
+def seed_row(meta: Mapping[str, Any]) -> Tensor:
+    """Where a payload's relevance starts, [L]."""
+    row = torch.zeros(meta["spans"]["speed_queries"][1])
+    row[meta["seed"]["rows"]] = meta["seed"]["weights"].float()
+    return row
 
 
 def _stored(relevance: Mapping[str, Any], folds: Sequence[str], frame_id: str) -> Relevance:

@@ -177,19 +177,32 @@ def priors(maps: Location, method: str) -> dict[tuple[str, str], np.ndarray]:
 
 
 def companions(frames: Sequence[FrameRef], masks: dict[str, MaskRef]) -> dict[str, Companion]:
-    """Another frame for each: of another scene and the same cause where there is one, else of another scene."""
+    """Another frame for each: of another scene and the same cause where there is one, else of another scene.
+
+    In a run of one scene any other frame will do.
+    """
+    causes = {f.frame_id: masks.get(f.frame_id, MaskRef("")).cause for f in frames}
+    several = len({f.scene for f in frames}) > 1
+    alike: dict[str, FrameRef] = {}
+    for cause in {*causes.values()} - {""}:
+        alike |= _next_elsewhere([f for f in frames if causes[f.frame_id] == cause], several)
     found = {}
-    count = len(frames)
-    for i, frame in enumerate(frames):
-        own = masks.get(frame.frame_id, MaskRef("")).cause
-        others = [frames[(i + k) % count] for k in range(1, count)]
-        elsewhere = [f for f in others if f.scene != frame.scene] or others
-        alike = [f for f in elsewhere if own and masks.get(f.frame_id, MaskRef("")).cause == own]
-        if not elsewhere:
-            continue
-        other = (alike or elsewhere)[0]
-        mask = masks.get(other.frame_id)
-        found[frame.frame_id] = Companion(other.image, mask.path if mask and alike else None)
+    for frame_id, other in _next_elsewhere(frames, several).items():
+        chosen = alike.get(frame_id, other)
+        mask = masks.get(chosen.frame_id) if frame_id in alike else None
+        found[frame_id] = Companion(chosen.image, mask.path if mask else None)
+    return found
+
+
+def _next_elsewhere(frames: Sequence[FrameRef], other_scene: bool) -> dict[str, FrameRef]:
+    """frame_id -> the next frame, of another scene if asked for, around the end; without those that have none."""
+    found: dict[str, FrameRef] = {}
+    circle = [*frames, *frames]
+    for frame, after in zip(circle[-2::-1], circle[:0:-1], strict=True):
+        differs = after.scene != frame.scene if other_scene else after.frame_id != frame.frame_id
+        other = after if differs else found.get(after.frame_id)
+        if other is not None:
+            found[frame.frame_id] = other
     return found
 
 

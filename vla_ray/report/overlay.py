@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from vla_ray.data.camera import SIMLINGO_CAMERA, Camera
 from vla_ray.errors import TargetError
 from vla_ray.explain.heatmap import HeatMap
+from vla_ray.report.colors import oklab_to_srgb
 from vla_ray.report.lettering import fit, font, wrap
 from vla_ray.report.trajectory import draw_plan, mark_route, mark_speed
 from vla_ray.storage.files import Location, write_atomic
@@ -168,25 +169,8 @@ def _colors(signed: bool) -> NDArray[np.float32]:
     hue = np.radians(np.where(at < 0, *_HUES))
     chroma = _CHROMA * np.abs(at)
     lightness = _MIDDLE + (_ENDS - _MIDDLE) * np.abs(at)
-    return _from_oklab(np.concatenate([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=1))
-
-
-def _from_oklab(lab: NDArray[np.float64]) -> NDArray[np.float32]:
-    """OKLab [n, 3] (Ottosson, 2020), in which equal distances look equal, to sRGB in 0..255."""
-    to_lms = np.array(
-        [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.291485548]]
-    )
-    to_rgb = np.array(
-        [
-            [4.0767416621, -3.3077115913, 0.2309699292],
-            [-1.2684380046, 2.6097574011, -0.3413193965],
-            [-0.0041960863, -0.7034186147, 1.707614701],
-        ]
-    )
-    linear = np.clip((lab @ to_lms.T) ** 3 @ to_rgb.T, 0, 1)
-    return np.asarray(
-        np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255, np.float32
-    )
+    lab = np.concatenate([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=1)
+    return np.asarray(oklab_to_srgb(lab) * 255, np.float32)
 
 
 # The caption ---------------------------------------------------------------------------------------------------

@@ -15,14 +15,9 @@ import matplotlib as mpl
 import numpy as np
 
 from vla_ray.explain.heatmap import FloatArray
+from vla_ray.report.colors import oklab_to_srgb
 
 SCALE_PERCENTILE = 99.0  # of |values|: what is coloured as 1; a few larger cells saturate
-
-# From OKLab (Ottosson, 2020), in which equal distances look equal, to linear RGB.
-_LAB_TO_LMS = np.array([[1, 0.39633778, 0.21580376], [1, -0.10556135, -0.06385417], [1, -0.08948418, -1.29148555]])
-_LMS_TO_RGB = np.array(
-    [[4.07674166, -3.30771159, 0.23096993], [-1.268438, 2.6097574, -0.3413194], [-0.00419609, -0.70341861, 1.7076147]]
-)
 
 
 def scale_of(values: FloatArray) -> float:
@@ -73,8 +68,7 @@ def _diverging() -> np.ndarray:
     chroma = 0.15 * np.minimum(1, 2.2 * strength) * (1 - 0.4 * strength**2)
     hue = np.radians(np.where(at > 0, 25 + 45 * strength, 265 - 50 * strength))
     lab = np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
-    linear = np.clip((lab @ _LAB_TO_LMS.T) ** 3 @ _LMS_TO_RGB.T, 0, 1)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return oklab_to_srgb(lab)
 
 
 def safe_json(value: Any) -> str:

@@ -11,11 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from vla_ray.data.tiles import TileGeometry
 from vla_ray.errors import StorageError, TargetError
-from vla_ray.explain.matrices import relevance_of
+from vla_ray.explain.matrices import relevance_of, seed_row
 from vla_ray.explain.methods import Method, folds_of
 from vla_ray.explain.question import Question
 from vla_ray.schema import DEGENERATE, FAILED, MAPS, METRICS, OK, PAYLOAD_SCHEMA_VERSION
@@ -83,12 +81,9 @@ class OnlineExplainer(ModelReplica):
         return _written(self.spec.run_dir, rows, maps)
 
     def _maps(self, visit: Visit, explained: Explained, b: int, frame: Loaded) -> list[Row]:
-        ref, target, seed = frame.frame.ref, explained.target, explained.seeds[b]
+        ref, target, value = frame.frame.ref, explained.target, float(explained.scalar_B[b])
         assert frame.geometry is not None
         assert frame.tiles is not None
-        start, value = visit.decision.starts[b], float(explained.scalar_B[b])
-        seed_row = torch.zeros(visit.decision.hidden_BLH.shape[1] - start)
-        seed_row[explained.rows[b].start - start : explained.rows[b].stop - start] = seed.weights.cpu()
         maps = fold_maps(
             self.spec.methods,
             visit.relevance(explained, b).cpu(),
@@ -96,7 +91,7 @@ class OnlineExplainer(ModelReplica):
             value,
             frame.geometry,
             token_spans(visit, self.processor, b),
-            seed_row,
+            visit.seed_row(explained, b),
         )
         question = Question(
             self.model, self.processor, visit.prompts[b], visit.texts[b], target, self.spline, explained.tokens[b]
@@ -168,10 +163,8 @@ class PayloadExplainer:
         acting = acting_direction(target.name, value)
         # Not the folds of the direction that does not act here: a relevance payload may lack them.
         folds = tuple(dict.fromkeys(m.fold_for(acting) for m in self.spec.methods if m.kind == "fold"))
-        seed_row = torch.zeros(meta["spans"]["speed_queries"][1])
-        seed_row[meta["seed"]["rows"]] = meta["seed"]["weights"].float()
         relevance = relevance_of(content, folds, self.spec.strength)
-        maps = fold_maps(self.spec.methods, relevance, target, value, geometry, meta["spans"], seed_row)
+        maps = fold_maps(self.spec.methods, relevance, target, value, geometry, meta["spans"], seed_row(meta))
         maps += original_maps(self.spec.methods, content, geometry)
         if self.asker is not None:
             assert frame.tiles is not None

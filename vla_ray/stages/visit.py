@@ -249,6 +249,12 @@ class Visit:
         vit = {fold: Start(uniform) for fold in (*self._folds, FIRST_HOP) if fold not in rows}
         return vit | {fold: start(fold) for fold in self._folds if fold in rows}
 
+    def seed_row(self, explained: Explained, b: int) -> Tensor:
+        """Where frame `b`'s relevance starts, [L] of its own sequence, in main memory."""
+        row = torch.zeros(self.decision.hidden_BLH.shape[1])
+        row[explained.rows[b]] = explained.seeds[b].weights.float().cpu()
+        return row[self.decision.starts[b] :]
+
     def relevance(self, explained: Explained, b: int) -> Relevance:
         """What the folds gave frame `b`, its padding cut away."""
         start, tiles = self.decision.starts[b], self.tile_slices[b]
