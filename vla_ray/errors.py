@@ -27,6 +27,10 @@ class ImageError(VlaRayError):
     """One frame's image cannot be decoded. Inside a run this fails the frame, not the run."""
 
 
+class DataError(VlaRayError):
+    """A dataset, a shard or a record of it cannot be read, or holds nothing to train on."""
+
+
 class CheckpointError(VlaRayError):
     """A checkpoint or its configuration does not fit the model."""
 

@@ -103,3 +103,22 @@ SCORES = pa.schema(
         pa.field("value", pa.float64()),  # null where it is not defined for this frame
     ]
 )
+
+# One row per sample of a prepared CAST dataset, samples/<split>/<shard>.parquet. See data/cast/sample.py.
+ACTION_UNITS = "waypoint spacings: 1.0 is one average step, metres = value * scale_m; x forward, y left, robot frame"
+SAMPLES = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("dataset", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("recording", pa.string(), nullable=False),
+        pa.field("t", pa.int32(), nullable=False),
+        pa.field("instruction", pa.string(), nullable=False),
+        pa.field("instructions", pa.list_(pa.string()), nullable=False),
+        pa.field("actions", pa.list_(pa.float32()), nullable=False),  # x0 y0 x1 y1 ...
+        pa.field("valid", pa.list_(pa.bool_()), nullable=False),
+        pa.field("scale_m", pa.float32()),
+        pa.field("image", pa.binary(), nullable=False),  # PNG or JPEG
+    ],
+    metadata={"units": ACTION_UNITS},
+)

@@ -1,0 +1,36 @@
+"""Every knob of every job: its type, its default, and one line on what it means.
+
+YAML files under configs/ hold values only. A job gets one of these objects, frozen, with relative paths resolved.
+Relative paths typed by the user are taken from VLA_RAY_ROOT when it is set, else from the current directory.
+"""
+
+from vla_ray.config.frames import (
+    CaptureConfig,
+    ExplainConfig,
+    FaithfulnessConfig,
+    FramesConfig,
+    PipelineConfig,
+    ReportConfig,
+)
+from vla_ray.config.knobs import resolve_path
+from vla_ray.config.shared import ClusterConfig, ModelConfig, RunConfig, SplineConfig, WandbConfig
+from vla_ray.config.tools import BenchmarkConfig, ScenesConfig, ShowConfig, TinyDriverConfig
+
+__all__ = [
+    "BenchmarkConfig",
+    "CaptureConfig",
+    "ClusterConfig",
+    "ExplainConfig",
+    "FaithfulnessConfig",
+    "FramesConfig",
+    "ModelConfig",
+    "PipelineConfig",
+    "ReportConfig",
+    "RunConfig",
+    "ScenesConfig",
+    "ShowConfig",
+    "SplineConfig",
+    "TinyDriverConfig",
+    "WandbConfig",
+    "resolve_path",
+]

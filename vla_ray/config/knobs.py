@@ -1,0 +1,34 @@
+"""What every settings class is made of: a field with its help, paths, and checks that answer in one line."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+from vla_ray.errors import ConfigError, nearest
+
+
+def knob(default: Any, help: str) -> Any:
+    if callable(default):
+        return field(default_factory=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def resolve_path(path: str) -> str:
+    """An absolute path or a URI. Relative paths start at VLA_RAY_ROOT or the current directory."""
+    if "://" in path:
+        return path
+    base = Path(os.environ.get("VLA_RAY_ROOT") or Path.cwd())
+    return os.path.normpath(base / Path(path).expanduser())
+
+
+def choose(setting: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{setting}={value!r} is unknown; known: {', '.join(known)}.{nearest(value, known)}")
+
+
+def at_least(setting: str, value: float | None, low: float) -> None:
+    if value is not None and value < low:
+        raise ConfigError(f"{setting}={value:g} is too small: it must be at least {low:g}.")

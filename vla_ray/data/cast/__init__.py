@@ -1,0 +1,1 @@
+"""CAST (catglossop/CAST-dataset): published shards and plain tables in, samples out. No TensorFlow."""
