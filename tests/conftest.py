@@ -26,3 +26,20 @@ def golden() -> Path:
     if not path.is_dir():
         pytest.skip(f"no golden data at {path} (set VLA_RAY_SHARED)")
     return path
+
+
+@pytest.fixture(scope="session")
+def corridors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset of rendered corridors: 24 pictures to train on, 8 to validate on, all their instructions."""
+    from vla_ray.data import corridors as rendered
+    from vla_ray.data.cast.shards import ReadOptions
+    from vla_ray.stages.dataset_document import build_document
+    from vla_ray.stages.prepare import ShardPreparer
+    from vla_ray.storage.files import Location, write_json
+
+    directory = Location.of(tmp_path_factory.mktemp("corridors"))
+    options = ReadOptions()
+    preparer = ShardPreparer(directory, options, row_group=16, read=rendered.read)
+    records = [preparer(shard) for shard in rendered.shards(train=24, val=8)]
+    write_json(directory / "dataset.json", build_document(records, "synthetic", options))
+    return directory.local_path

@@ -10,24 +10,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 
+from vla_ray.before_ray import TOKEN  # isort: skip  # it must come before ray
+import ray
+from ray.data import DataContext
+
 from vla_ray.config import ClusterConfig
 from vla_ray.errors import ClusterError
-
-TOKEN = Path.home() / ".ray" / "auth_token"
-# The next two are read when Ray is imported. A started cluster asks for its token by default, but clients do not offer
-# it unless told to.
-if TOKEN.is_file():
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-# `uv run` would otherwise ship the working directory and run uv again in every worker.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-
-import ray  # noqa: E402
-from ray.data import DataContext  # noqa: E402
 
 logger = logging.getLogger(__name__)
 

@@ -57,7 +57,7 @@ def load_config(root: Path, name: str, schema: type[T], argv: list[str]) -> T:
         ConfigError: unknown key, wrong type, or a value the schema refuses.
     """
     config_dir = root / "configs"
-    groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in config_dir.iterdir() if p.is_dir()}
+    groups = {p.name: _presets(p, schema) for p in config_dir.iterdir() if p.is_dir()}
     overrides = [_override(arg, schema, groups) for arg in argv]
     # Defaults name bundled files: ${repo:datasets/demo_drive}. Results default to VLA_RAY_ROOT, else to the checkout.
     OmegaConf.register_new_resolver("repo", lambda path: str(root / path), replace=True)
@@ -71,6 +71,13 @@ def load_config(root: Path, name: str, schema: type[T], argv: list[str]) -> T:
         return OmegaConf.to_object(OmegaConf.merge(typed, values))  # type: ignore[return-value]
     except (OmegaConfBaseException, HydraException) as e:
         raise _readable(e) from e
+
+
+def _presets(group: Path, schema: type) -> list[str]:
+    """Those of a group whose keys the job knows: a driving model is no choice for training a policy."""
+    hint = get_type_hints(schema).get(group.name)
+    known = {f.name for f in fields(hint)} if is_dataclass(hint) else set()
+    return sorted(f.stem for f in group.glob("*.yaml") if set(OmegaConf.load(f)) <= known)
 
 
 def _thaw(node: DictConfig) -> None:
@@ -92,6 +99,9 @@ def _override(arg: str, schema: type, groups: dict[str, list[str]]) -> str:
                 f"{key}={value!r} is unknown; known: {', '.join(groups[key])}.{nearest(value, groups[key])}"
             )
         return f"{key}={value}"
+    if key in known and (meaning := getattr(known[key], "SHORTHAND", {}).get(value.lower())):
+        setting, meant = meaning
+        return f"++{key}.{setting}={quote(meant)}"
     if key not in known or is_dataclass(known[key]):
         leaves = [k for k, hint in known.items() if not is_dataclass(hint)]
         hint = nearest(key, leaves) or nearest(key.rpartition(".")[2], leaves)

@@ -39,6 +39,10 @@ class TargetError(VlaRayError):
     """An unknown target, or one that a frame cannot give."""
 
 
+class TrainingError(VlaRayError):
+    """Training cannot go on: a loss that is not finite, memory, batches that end early."""
+
+
 class StorageError(VlaRayError):
     """A file or directory cannot be read or written (permission, full disk, unknown filesystem)."""
 

@@ -1,16 +1,24 @@
-"""What `jobs/show.py` says about payloads, tables, runs, and nothing."""
+"""What `jobs/show.py` says about payloads, tables, runs, datasets, and nothing."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from vla_ray.errors import StorageError
+from vla_ray.data import corridors
+from vla_ray.data.cast.shards import ReadOptions
+from vla_ray.data.prepared import PreparedDataset
+from vla_ray.errors import DataError, StorageError
 from vla_ray.report.show import describe
+from vla_ray.report.show_dataset import pick
+from vla_ray.stages.dataset_document import build_document
+from vla_ray.stages.prepare import ShardPreparer
 from vla_ray.storage import payload
-from vla_ray.storage.files import Location
+from vla_ray.storage.files import Location, write_json
 from vla_ray.storage.ledger import Ledger, commit
 from vla_ray.storage.run import RunDirectory
 
@@ -119,3 +127,65 @@ def test_a_relevance_payload(tmp_path: Path) -> None:
     text = describe(str(tmp_path / "a.pt"))
     assert "relevance  positive: language float32[4], patches float32[1, 36], 75% on image tokens" in text
     assert "blocks" not in text
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A prepared dataset of corridors, without the driver."""
+    options, directory = ReadOptions(), tmp_path / "corridors"
+    preparer = ShardPreparer(Location.of(directory), options, row_group=8, read=corridors.read)
+    records = [preparer(shard) for shard in corridors.shards(train=20, val=4)]
+    write_json(Location.of(directory / "dataset.json"), build_document(records, "synthetic", options))
+    return directory
+
+
+def test_a_dataset(dataset: Path) -> None:
+    text = describe(str(dataset))
+    train, val = (sum(len(corridors.scene(first + k).tasks) for k in range(n)) for first, n in ((0, 20), (10**6, 4)))
+    assert text.startswith(f"dataset corridors: {train} train, {val} val samples of synthetic")
+    (counts,) = (x.split() for x in text.splitlines() if x.startswith("  corridors ") and " train " in x)
+    assert counts[:5] == ["corridors", "train", "20", "20", "20"], "episodes, steps, samples"
+    assert "median step" in text
+    assert text.endswith(f"contact sheet of 22 samples: {dataset / 'contact_sheet.png'}")
+    with Image.open(dataset / "contact_sheet.png") as sheet:
+        assert sheet.width > 1000
+
+
+def test_samples_on_the_sheet_are_of_all_kinds(dataset: Path) -> None:
+    picked = pick(PreparedDataset.open(str(dataset)))
+    kinds = Counter((s.dataset, s.split) for s in picked)
+    assert kinds == {
+        ("corridors", "train"): 6,
+        ("corridors", "val"): 4,  # all there are
+        ("corridors_counterfactual", "train"): 6,
+        ("corridors_counterfactual", "val"): 6,
+    }
+    assert len({s.sample_id for s in picked}) == len(picked)
+    train = [s.recording for s in picked if (s.dataset, s.split) == ("corridors", "train")]
+    assert (train[0], train[-1]) == ("scene_000000", "scene_000019"), "from the first to the last"
+
+
+def test_a_table_of_samples(dataset: Path) -> None:
+    (file,) = (dataset / "samples" / "val").glob("corridors-*.parquet")
+    text = describe(str(file))
+    assert f"{file}: 4 samples in 1 row groups" in text
+    assert "actions (list" in text
+    sheet = file.with_name(f"{file.stem}.contact_sheet.png")
+    assert text.endswith(f"contact sheet of 4 samples: {sheet}")
+    assert sheet.stat().st_size > 1000
+
+
+def test_a_dataset_where_nothing_can_be_written(dataset: Path) -> None:
+    (dataset / "contact_sheet.png").mkdir()
+    text = describe(str(dataset))
+    assert "median step" in text
+    assert "no contact sheet: Cannot write" in text
+
+
+def test_an_unfinished_dataset(dataset: Path) -> None:
+    (dataset / "dataset.json").unlink()
+    settings = {"job": "prepare_cast", "source": "synthetic"}
+    run = RunDirectory.open(dataset.parent, "corridors", settings=settings, config_yaml="", command="python again")
+    run.start({"manifest": "m"})
+    with pytest.raises(DataError, match=r"not finished .*python again"):
+        describe(str(dataset))

@@ -13,8 +13,10 @@ from vla_ray.config.frames import (
     ReportConfig,
 )
 from vla_ray.config.knobs import resolve_path
+from vla_ray.config.prepare import PrepareConfig
 from vla_ray.config.shared import ClusterConfig, ModelConfig, RunConfig, SplineConfig, WandbConfig
 from vla_ray.config.tools import BenchmarkConfig, ScenesConfig, ShowConfig, TinyDriverConfig
+from vla_ray.config.train import TrainConfig
 
 __all__ = [
     "BenchmarkConfig",
@@ -25,12 +27,14 @@ __all__ = [
     "FramesConfig",
     "ModelConfig",
     "PipelineConfig",
+    "PrepareConfig",
     "ReportConfig",
     "RunConfig",
     "ScenesConfig",
     "ShowConfig",
     "SplineConfig",
     "TinyDriverConfig",
+    "TrainConfig",
     "WandbConfig",
     "resolve_path",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from vla_ray.config.knobs import at_least, choose, knob, resolve_path
 from vla_ray.errors import ConfigError
@@ -53,7 +54,16 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    mode: str = knob("disabled", "disabled | offline | online")
+    # What may be typed for the whole: wandb=true.
+    SHORTHAND: ClassVar[dict[str, tuple[str, str]]] = {
+        "true": ("mode", "online"),
+        "false": ("mode", "disabled"),
+        "online": ("mode", "online"),
+        "offline": ("mode", "offline"),
+        "disabled": ("mode", "disabled"),
+    }
+
+    mode: str = knob("disabled", "disabled | offline | online; wandb=true means online")
     project: str = knob("vla_ray", "project name")
     entity: str | None = knob(None, "team or user")
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pyarrow.compute as pc
@@ -24,6 +22,7 @@ import pyarrow.compute as pc
 from vla_ray.config import WandbConfig
 from vla_ray.data.scenes import FrameRef
 from vla_ray.errors import ClusterError, RunError, VlaRayError
+from vla_ray.pipelines.stopping import Stopped, resume_command, sigterm_stops
 from vla_ray.progress import Progress
 from vla_ray.schema import FAILED
 from vla_ray.stages.work import Summary, WorkFrame, WorkItem
@@ -37,10 +36,6 @@ from vla_ray.tracking import make_tracker
 logger = logging.getLogger(__name__)
 
 FOLD_ROWS, FOLD_SECONDS = 5000, 60.0  # how much may wait in the ledger: rows, and time
-
-
-class Stopped(KeyboardInterrupt):
-    """SIGTERM, treated like Ctrl-C."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +179,7 @@ class Driver:
             except KeyboardInterrupt as e:
                 self._end(lease, "stopped", blameless=True)
                 logger.warning("stopped; to go on: %s", self.resume_command)
-                return 143 if isinstance(e, Stopped) else 130
+                return Stopped.exit_code(e)
             except RunError:  # taken over by another driver, or an `auto` that is another one here
                 self._end(lease, "failed", blameless=True)
                 raise
@@ -235,7 +230,7 @@ class Driver:
         waiting: list[str] = []
         folded, folded_rows = time.monotonic(), 0
         with tracker:
-            with _sigterm_stops(), closing(progress), closing(work(todo)) as summaries:
+            with sigterm_stops(), closing(progress), closing(work(todo)) as summaries:
                 for summary in summaries:
                     waiting += summary.fragments
                     progress.add(sum(summary.statuses.values()), summary.statuses.get(FAILED, 0))
@@ -327,23 +322,4 @@ class Driver:
         """The command of this run, with its name."""
         # Without retry_failed: what failed before is to be done already, what failed since is not.
         names = self.job.names or {"run": self.job.run}
-        argv = [a for a in sys.argv if a.partition("=")[0] not in {*names, "retry_failed"}]
-        return shlex.join(["python", *argv, *(f"{setting}={name}" for setting, name in names.items())])
-
-
-@contextmanager
-def _sigterm_stops() -> Iterator[None]:
-    """SIGTERM ends the work like Ctrl-C while inside."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped
-
-    try:
-        old = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: a notebook or a test, where signals are somebody else's
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
+        return resume_command(names, without=("retry_failed",))

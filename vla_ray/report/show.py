@@ -1,4 +1,4 @@
-"""A payload, a table or a run directory in words: what it holds, in which shapes, how it ended."""
+"""A payload, a table, a run directory or a dataset in words: what it holds, in which shapes, how it ended."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from vla_ray.data.prepared import DOCUMENT
 from vla_ray.errors import StorageError
-from vla_ray.schema import FAILED
+from vla_ray.report.show_dataset import describe_dataset, describe_samples
+from vla_ray.schema import FAILED, SAMPLES
 from vla_ray.storage import payload as payload_file
 from vla_ray.storage.files import Location, read_json
 from vla_ray.storage.ledger import read_metrics
@@ -24,21 +26,29 @@ EXAMPLES = 5
 
 
 def describe(path: str) -> str:
-    """Text about whatever is at `path`.
+    """Text about whatever is at `path`. Of a dataset or a table of samples a contact sheet is written, too.
 
     Raises:
         StorageError: there is nothing, or nothing that this package wrote.
+        DataError: a dataset that is not finished.
     """
     loc = Location.of(path)
     if loc.name.endswith(".pt"):
         return "\n".join(_payload(payload_file.load(loc), str(loc)))
     if loc.name.endswith(".parquet"):
         with storage_errors("read", loc), loc.open_input() as source:
+            if set(SAMPLES.names) <= set(pq.read_schema(source).names):
+                return "\n".join(describe_samples(loc))
             return "\n".join(_table(pq.read_table(source), str(loc)))
-    if (run := read_json(loc / "run.json")) is not None:
+    run = read_json(loc / "run.json")
+    if (loc / DOCUMENT).exists() or (run is not None and run["settings"].get("job") == "prepare_cast"):
+        return "\n".join(describe_dataset(loc))
+    if run is not None:
         return "\n".join(_run(loc, run))
     if not loc.exists():
-        raise StorageError(f"there is nothing at {loc}. Give a payload (.pt), a table (.parquet) or a run directory.")
+        raise StorageError(
+            f"there is nothing at {loc}. Give a payload (.pt), a table (.parquet), a run directory or a dataset."
+        )
     runs = [e.name for e in loc.list() if e.is_dir and (loc / e.name / "run.json").exists()]
     if runs:
         return f"{loc} holds {len(runs)} runs: {', '.join(runs)}\nlook at one: {_command(loc / runs[-1])}"

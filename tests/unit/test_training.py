@@ -1,0 +1,335 @@
+"""The plain training loop: every way of splitting up the same batches learns the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from transformers import PaliGemmaForConditionalGeneration
+
+from vla_ray.config.train import (
+    AugmentConfig,
+    LoraConfig,
+    PolicyModelConfig,
+    TrainConfig,
+    TrainDataConfig,
+    TrainingConfig,
+)
+from vla_ray.data.prepared import PreparedDataset
+from vla_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
+from vla_ray.models.paligemma.policy import ActionPolicy
+from vla_ray.models.paligemma.tiny import build_tiny
+from vla_ray.models.paligemma.tokenizer_file import load_tokenizer
+from vla_ray.storage.files import Location
+from vla_ray.training.batches import BatchMaker, MicroBatch
+from vla_ray.training.checkpoints import RunFiles
+from vla_ray.training.order import Steps
+from vla_ray.training.parallel import Workers
+from vla_ray.training.session import local_stream, run_worker
+from vla_ray.training.spec import TrainSpec, fit_tokenizer
+
+STEPS = 6
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_spec(corridors: Path, base: Path, tmp_path: Path) -> Callable[..., TrainSpec]:
+    def make(name: str = "run", workers: int = 1, parallel: str = "ddp", **given: Any) -> TrainSpec:
+        often = {"logging_steps": 1, "eval_steps": 3, "save_steps": 2, "eval_samples": 8, "eval_decode": 4}
+        usual = {"batch_size": 8, "max_steps": STEPS, "learning_rate": 1e-3, **often}
+        groups = {
+            "data": TrainDataConfig(path=str(corridors), window=2, **given.pop("data", {})),
+            "lora": LoraConfig(**given.pop("lora", {})),
+            "augment": AugmentConfig(**given.pop("augment", {})),
+        }
+        model = PolicyModelConfig(name=str(base))
+        training = TrainingConfig(**{**usual, **given})
+        config = TrainConfig(str(tmp_path), name, workers, parallel, model=model, training=training, **groups)
+        dataset = PreparedDataset.open(str(corridors))
+        tokenizer = fit_tokenizer(config.action, dataset, "train")
+        return TrainSpec(config, str(tmp_path / name), str(base), dataset, tokenizer)
+
+    return make
+
+
+def run(spec: TrainSpec) -> dict[str, torch.Tensor]:
+    run_worker(spec, Workers(), local_stream())
+    return weights(spec)
+
+
+def weights(spec: TrainSpec, which: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(next(Path(spec.directory, which).glob("*model.safetensors")))
+
+
+def log(spec: TrainSpec, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in RunFiles(Path(spec.directory)).log.read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(
+            one[name], other[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def stop_at(step: int) -> Any:
+    """A stream that breaks off before a step, as a process that dies."""
+
+    def stream(maker: BatchMaker, steps: Steps, start: int, total: int) -> Iterator[MicroBatch]:
+        yield from (b for b in local_stream()(maker, steps, start, total) if b.step < step)
+        raise KeyboardInterrupt
+
+    return stream
+
+
+# The same batch, split up in different ways ---------------------------------------------------------------------
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(make_spec: Callable[..., TrainSpec]) -> None:
+    whole = run(make_spec("whole"))
+    parts = run(make_spec("parts", batch_size=2, gradient_accumulation_steps=4))
+    assert_same(whole, parts)
+
+
+def _worker(rank: int, port: int, spec: TrainSpec, kind: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    run_worker(spec, Workers(kind, rank, 2), local_stream(rank))
+    dist.destroy_process_group()
+
+
+def run_two(spec: TrainSpec, kind: str) -> dict[str, torch.Tensor]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_worker, (port, spec, kind), nprocs=2)
+    return weights(spec)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_workers_learn_what_one_does(kind: str, make_spec: Callable[..., TrainSpec]) -> None:
+    alone = run(make_spec("alone"))
+    spec = make_spec("together", workers=2, parallel=kind, batch_size=2, gradient_accumulation_steps=2)
+    assert_same(alone, run_two(spec, kind))
+    assert [line["step"] for line in log(spec, "train")] == [*range(1, STEPS + 1)]
+    for mine, theirs in zip(log(make_spec("alone"), "validation"), log(spec, "validation"), strict=True):
+        for name in ("loss", "ade", "ade_still", "token_accuracy"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("given", [{}, {"lora": {"enabled": True, "rank": 4, "dropout": 0.1}}], ids=["full", "lora"])
+def test_a_resumed_run_is_an_uninterrupted_one(given: dict[str, Any], make_spec: Callable[..., TrainSpec]) -> None:
+    whole = run(make_spec("whole", **given))
+    spec = make_spec("broken", **given)
+    with pytest.raises(KeyboardInterrupt):
+        run_worker(spec, Workers(), stop_at(5))
+    assert RunFiles(Path(spec.directory)).load_state()["step"] == 4, "saved each second step"
+    assert_same(whole, run(spec))
+    assert [line["step"] for line in log(spec, "train")] == [*range(1, STEPS + 1)], "no step is logged twice"
+
+
+def test_a_resume_never_reads_what_was_consumed(make_spec: Callable[..., TrainSpec]) -> None:
+    spec = make_spec()
+    with pytest.raises(KeyboardInterrupt):
+        run_worker(spec, Workers(), stop_at(4))
+    started: list[int] = []
+
+    def stream(maker: BatchMaker, steps: Steps, start: int, total: int) -> Iterator[MicroBatch]:
+        started.append(start)
+        return local_stream()(maker, steps, start, total)
+
+    run_worker(spec, Workers(), stream)
+    assert started == [4]
+
+
+def test_an_fsdp_run_is_resumed_by_ddp(make_spec: Callable[..., TrainSpec]) -> None:
+    """States are whole: they fit any number and kind of workers."""
+    whole = run(make_spec("whole"))
+    half = make_spec("half", workers=2, parallel="fsdp", batch_size=4, max_steps=STEPS)
+    short = replace(half, config=replace(half.config, training=replace(half.config.training, save_steps=3)))
+    with pytest.raises(mp.ProcessRaisedException, match="KeyboardInterrupt"):
+        _run_two_and_stop(short)
+    assert RunFiles(Path(half.directory)).load_state()["step"] == 3
+    alone = replace(half, config=make_spec("half").config)
+    assert_same(whole, run(alone))
+
+
+def _stopping_worker(rank: int, port: int, spec: TrainSpec) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+
+    def stream(maker: BatchMaker, steps: Steps, start: int, total: int) -> Iterator[MicroBatch]:
+        yield from (b for b in local_stream(rank)(maker, steps, start, total) if b.step < 4)
+        raise RuntimeError("KeyboardInterrupt")
+
+    run_worker(spec, Workers("fsdp", rank, 2), stream)
+
+
+def _run_two_and_stop(spec: TrainSpec) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_stopping_worker, (port, spec), nprocs=2)
+
+
+# What is learnt, and what is kept -------------------------------------------------------------------------------
+
+# Losses of the tiny model's first twenty steps on the fixture's corridors, seed 0, one thread, float32.
+GOLDEN = ()
+
+
+def test_golden_losses(make_spec: Callable[..., TrainSpec]) -> None:
+    spec = make_spec(max_steps=20, eval_steps=20, save_steps=20, learning_rate=2e-3)
+    run(spec)
+    found = [line["loss"] for line in log(spec, "train")]
+    assert found == pytest.approx(list(GOLDEN), rel=1e-3)
+
+
+def test_checkpoints_are_plain_transformers_directories(make_spec: Callable[..., TrainSpec]) -> None:
+    spec = make_spec()
+    run(spec)
+    for which in ("last", "best_model"):
+        directory = Path(spec.directory, which)
+        model = PaliGemmaForConditionalGeneration.from_pretrained(directory)
+        own = ActionPolicy.from_pretrained(directory, spec.tokenizer).model
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own.parameters(), strict=True))
+        assert load_tokenizer(Location.of(directory / "tokenizers.pt")) == spec.tokenizer
+        assert (directory / "model.safetensors").stat().st_mode & 0o044, "colleagues can read it"
+    assert not Path(spec.directory, "best_model", "training_state.pt").exists()
+
+
+def test_adapters_alone_are_learnt_and_saved(make_spec: Callable[..., TrainSpec], base: Path) -> None:
+    spec = make_spec(lora={"enabled": True, "rank": 4})
+    run(spec)
+    saved = weights(spec)
+    assert saved
+    assert all("lora_" in name for name in saved)
+    assert any(saved[name].abs().max() > 0 for name in saved if "lora_B" in name)
+    model = PaliGemmaForConditionalGeneration.from_pretrained(Path(spec.directory, "last"))
+    before = PaliGemmaForConditionalGeneration.from_pretrained(base)
+    for name, parameter in before.named_parameters():
+        found = dict(model.named_parameters())
+        own = found.get(name, found.get(name.replace(".weight", ".base_layer.weight")))
+        assert torch.equal(own, parameter), name
+
+
+def test_frozen_parts_stay(make_spec: Callable[..., TrainSpec], base: Path) -> None:
+    spec = make_spec(freeze=("vision", "embeddings"), max_steps=2)
+    after, before = run(spec), load_file(base / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not any("vision" in name or "embed" in name for name in changed)
+    assert any("layers" in name for name in changed)
+    assert any("projector" in name for name in changed)
+
+
+def test_the_best_model_is_the_one_of_the_lowest_validation_loss(make_spec: Callable[..., TrainSpec]) -> None:
+    spec = make_spec(learning_rate=3.0, eval_steps=1, warmup_ratio=0.5)  # soon gets worse
+    run(spec)
+    losses = {line["step"]: line["loss"] for line in log(spec, "validation")}
+    (best,) = [line for line in log(spec, "validation") if line["best"]][-1:]
+    assert best["step"] == min(losses, key=losses.__getitem__) < STEPS
+    assert any(not torch.equal(a, weights(spec)[n]) for n, a in weights(spec, "best_model").items())
+
+
+def test_the_log_says_how_fast_and_how_well(make_spec: Callable[..., TrainSpec]) -> None:
+    spec = make_spec()
+    run(spec)
+    train, validation = log(spec, "train"), log(spec, "validation")
+    assert [line["step"] for line in validation] == [3, 6]
+    assert {"loss", "learning_rate", "grad_norm", "samples_per_s", "tokens_per_s", "waiting"} <= train[0].keys()
+    names = {"loss", "token_accuracy", "ade", "fde", "ade_m", "fde_m", "ade_permuted", "language_use", "ade_straight"}
+    assert names <= validation[0].keys()
+    assert validation[0]["ade_m"] == pytest.approx(0.25 * validation[0]["ade"], rel=1e-5), "corridors: 0.25 m a unit"
+    examples = [json.loads(line) for line in RunFiles(Path(spec.directory)).examples.read_text().splitlines()]
+    assert len(examples[0]["examples"][0]["predicted"]) == 8
+
+
+# What goes wrong ------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_explodes_is_said_and_last_stays(make_spec: Callable[..., TrainSpec]) -> None:
+    spec = make_spec(learning_rate=1e30, warmup_ratio=0.9, save_steps=1)
+    with pytest.raises(TrainingError, match=r"step \d+ is not finite.*training\.learning_rate"):
+        run(spec)
+
+
+def test_out_of_memory_names_the_knobs(make_spec: Callable[..., TrainSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(ActionPolicy, "forward", full)
+    with pytest.raises(TrainingError, match=r"training\.batch_size=8 .*Halve training\.batch_size and double .*lora"):
+        run(make_spec())
+
+
+def test_batches_out_of_order_are_refused(make_spec: Callable[..., TrainSpec]) -> None:
+    def stream(maker: BatchMaker, steps: Steps, start: int, total: int) -> Iterator[MicroBatch]:
+        batches = [*local_stream()(maker, steps, start, 2)]
+        yield from reversed(batches)
+
+    with pytest.raises(TrainingError, match="a batch of step 1 came at step 0"):
+        run_worker(make_spec(), Workers(), stream)
+
+
+def test_a_damaged_state_is_refused(make_spec: Callable[..., TrainSpec]) -> None:
+    spec = make_spec(max_steps=2)
+    run(spec)
+    state = Path(spec.directory, "last", "training_state.pt")
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"training_state\.pt cannot be read.*restore it"):
+        run(spec)
+
+
+def test_a_crash_between_two_renames_loses_nothing(make_spec: Callable[..., TrainSpec]) -> None:
+    whole = run(make_spec("whole"))
+    spec = make_spec("broken")
+    with pytest.raises(KeyboardInterrupt):
+        run_worker(spec, Workers(), stop_at(4))
+    last = Path(spec.directory, "last")
+    last.rename(last.with_name(".last.old"))
+    assert_same(whole, run(spec))
+
+
+def test_an_empty_validation_split_is_named(make_spec: Callable[..., TrainSpec]) -> None:
+    with pytest.raises(DataError, match=r"no samples of the split 'validation'.*train, val"):
+        run(make_spec(data={"val_split": "validation"}))
+
+
+def test_bounds_that_cut_off_actions_are_refused(make_spec: Callable[..., TrainSpec]) -> None:
+    spec = make_spec()
+    action = replace(spec.config.action, normalizer="none", action_bounds=(-0.2, 0.2))
+    with pytest.raises(ConfigError, match=r"% of x and .*% of y .*max_clip_rate.*quantile"):
+        fit_tokenizer(action, spec.dataset, "train")
+
+
+def test_another_horizon_is_refused(make_spec: Callable[..., TrainSpec]) -> None:
+    spec = make_spec()
+    with pytest.raises(DataError, match=r"actions of 8 steps, action\.num_steps is 4"):
+        fit_tokenizer(replace(spec.config.action, num_steps=4), spec.dataset, "train")

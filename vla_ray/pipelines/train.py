@@ -1,0 +1,170 @@
+"""Fine-tune a policy: check everything first, train on Ray, say what came of it.
+
+The run directory has a lease, settings and a status as every run has; training itself goes on from `last/`. Workers
+write `logs/`; this process reads them, for the screen and for W&B, so that neither can disturb training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shlex
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from vla_ray.cluster import connect
+from vla_ray.config.train import TrainConfig
+from vla_ray.data.prepared import DOCUMENT, PreparedDataset
+from vla_ray.errors import ConfigError, RunError, VlaRayError
+from vla_ray.models.paligemma.actions import ActionTokenizer
+from vla_ray.pipelines.stopping import Stopped, resume_command, sigterm_stops
+from vla_ray.storage.files import Location
+from vla_ray.storage.lease import Lease
+from vla_ray.storage.run import RunDirectory, file_identity
+from vla_ray.tracking import make_tracker
+from vla_ray.training.checkpoints import RunFiles
+from vla_ray.training.run_log import RunLog
+from vla_ray.training.spec import TrainSpec, fit_tokenizer
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+# How often something is written, and how a batch is split up, does not change what is learnt.
+_HARMLESS = ("logging_steps", "save_steps", "eval_steps", "eval_samples", "eval_decode", "activation_checkpointing")
+_IN_GLOBAL_BATCH = ("batch_size", "gradient_accumulation_steps")
+
+
+def train(config: TrainConfig) -> int:
+    """Train, or go on, or say that nothing is left to do. Returns the exit code (0 fine, 130 or 143 stopped).
+
+    Raises:
+        VlaRayError: a setting, dataset or model that does not fit. What was learnt before stays in `last/`.
+    """
+    if config.data.path is None:
+        raise ConfigError("data.path is empty; give a prepared dataset (python jobs/prepare_cast.py makes one).")
+    dataset = PreparedDataset.open(config.data.path)
+    tokenizer = fit_tokenizer(config.action, dataset, config.data.train_split)
+    return _Training(config, dataset, tokenizer).execute()
+
+
+@dataclass(slots=True)
+class _Training:
+    config: TrainConfig
+    dataset: PreparedDataset
+    tokenizer: ActionTokenizer
+
+    def execute(self) -> int:
+        from vla_ray.training.base import prepare_base, report_plan  # torch takes seconds; a refusal should not
+
+        run = self._open()
+        files = RunFiles(run.location.local_path)
+        log = RunLog(files)
+        manifest = f"{self.dataset.fingerprint} {self.tokenizer.fingerprint}"
+        if run.is_finished(manifest):
+            logger.info("run %s is finished: nothing to do", run.location.name)
+            sys.stdout.write(log.conclusion())
+            return 0
+        if self.config.dry_run:
+            where = self.config.model.name if Path(self.config.model.name).is_dir() else str(files.initial)
+            sys.stdout.write(
+                report_plan(TrainSpec(self.config, str(files.directory), where, self.dataset, self.tokenizer))
+            )
+            return 0
+        with Lease.acquire(run.location, command=shlex.join(["python", *sys.argv])) as lease, sigterm_stops():
+            base = prepare_base(self.config, files)
+            spec = TrainSpec(self.config, str(files.directory), str(base), self.dataset, self.tokenizer)
+            steps = spec.steps()
+            total = spec.total(steps)
+            run.start({"manifest": manifest, "frames": self.dataset.rows(self.config.data.train_split), "targets": []})
+            logger.info(
+                "%s: %d steps of %d samples, %d of %d done", run.location, total, steps.global_batch, log.step, total
+            )
+            try:
+                self._train(spec, run, log)
+            except KeyboardInterrupt as e:
+                with suppress(VlaRayError):
+                    lease.check()
+                    run.update(status="stopped", counts={"steps": log.step})
+                logger.warning("stopped; to go on: %s", resume_command({"run": run.location.name}))
+                return Stopped.exit_code(e)
+            except BaseException as e:
+                with suppress(VlaRayError):
+                    lease.check()
+                    run.update(status="failed", counts={"steps": log.step})
+                if isinstance(e, VlaRayError) and files.last.exists():
+                    again = resume_command({"run": run.location.name})
+                    raise type(e)(f"{e} {files.last} is kept; to go on: {again}") from e
+                raise
+            lease.check()
+            run.update(status="finished", counts={"steps": total})
+        sys.stdout.write(log.conclusion())
+        return 0
+
+    def _open(self) -> RunDirectory:
+        config = self.config
+        location = Location.of(config.output_dir)
+        if not location.is_local:
+            raise ConfigError(
+                f"output_dir={config.output_dir}: checkpoints are written to a disk that all workers see, not to "
+                f"{location.scheme}://. Give a path."
+            )
+        run = RunDirectory.open(
+            location,
+            config.run or time.strftime("train_%y%m%d_%H%M%S"),
+            settings={"job": "train", **result_settings(config)},
+            checkpoints={"data.path": file_identity(self.dataset.location / DOCUMENT)},
+            config_yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
+            command=shlex.join(["python", *sys.argv]),
+            overrides=sys.argv[1:],
+        )
+        if (run.location / "last").exists() and run.is_new:
+            raise RunError(
+                f"{run.location} holds a last/ but no run.json: it is no run of this job. Give another run=NAME."
+            )
+        return run
+
+    def _train(self, spec: TrainSpec, run: RunDirectory, log: RunLog) -> None:
+        """On Ray, in a thread of its own: in the main one Ray Train would take over the signals."""
+        from vla_ray.training.trainer import fit, share_out
+
+        config = self.config
+        identity = hashlib.sha256(f"{run.location} {run.document['created']}".encode()).hexdigest()[:16]
+        settings = {**result_settings(config), "workers": config.workers, "parallel": config.parallel}
+        with (
+            connect(config.cluster) as cluster,
+            make_tracker(config.wandb, run.location.name, identity, settings, Path(spec.directory)) as tracker,
+        ):
+            shares = share_out(cluster, config.workers, config.data.num_workers, config.model.device)
+            thread = ThreadPoolExecutor(1, thread_name_prefix="fit")
+            fitting: Future[None] = thread.submit(fit, spec, shares)
+            thread.shutdown(wait=False)
+            while not wait_for([fitting], timeout=POLL_S).done:
+                log.follow(tracker)
+            log.follow(tracker)
+            fitting.result()
+            tracker.summarise(log.best or {})
+
+
+def result_settings(config: TrainConfig) -> dict[str, Any]:
+    """Every setting that changes what is learnt, flat. Batches count by their size over all workers."""
+    groups = {
+        name: asdict(getattr(config, name)) for name in ("model", "action", "data", "augment", "lora", "training")
+    }
+    del (
+        groups["model"]["device"],
+        groups["data"]["num_workers"],
+        groups["data"]["path"],
+        groups["action"]["max_clip_rate"],
+    )
+    for name in (*_HARMLESS, *_IN_GLOBAL_BATCH):
+        del groups["training"][name]
+    flat = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    return {**flat, "global_batch": config.global_batch}

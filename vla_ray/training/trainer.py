@@ -1,0 +1,217 @@
+"""Training on Ray: Ray Train runs the plain loop on every worker, Ray Data prepares its batches elsewhere.
+
+State lives in the run directory, not in Ray: a worker group that is started again after a death, and a driver that is
+started again after its own, read `last/` and go on from there. Ray's own checkpoints are safe only once its controller
+has polled for them; these are safe when they are written.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import vla_ray.before_ray  # noqa: F401  # isort: skip  # it must come before ray
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+from ray.data import ActorPoolStrategy, DataContext
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from vla_ray import errors
+from vla_ray.cluster import Cluster
+from vla_ray.errors import ClusterError, ConfigError, TrainingError, VlaRayError
+from vla_ray.logs import setup_logging
+from vla_ray.storage.files import Location, read_json, write_json
+from vla_ray.training.batches import BatchMaker, MicroBatch, pack, pack_error, unpack
+from vla_ray.training.order import Steps
+from vla_ray.training.parallel import Workers
+from vla_ray.training.session import TrainSpec, run_worker
+
+logger = logging.getLogger(__name__)
+
+CHUNK_SAMPLES = 256  # of one data task: long enough that a row group's rows are used together
+SEGMENT_CHUNKS = 512  # of one Ray dataset: what the driver of a stream holds at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What of the cluster each process asks for."""
+
+    worker_cpus: float
+    data_cpus: float
+    gpu: bool
+
+
+def share_out(cluster: Cluster, workers: int, data_workers: int, device: str) -> Shares:
+    """A CPU for every process where there are enough; else the same part of one each.
+
+    Raises:
+        ConfigError: fewer GPUs than workers.
+    """
+    gpu = device == "cuda" or (device == "auto" and cluster.num_gpus >= workers)
+    if gpu and cluster.num_gpus < workers:
+        raise ConfigError(
+            f"workers={workers} need a GPU each, and the cluster has {cluster.num_gpus:g}. Set "
+            f"workers={max(1, int(cluster.num_gpus))}, or model.device=cpu."
+        )
+    each = min(1.0, int(100 * cluster.num_cpus / (workers * (1 + data_workers))) / 100)
+    if each <= 0:
+        raise ConfigError(f"workers={workers} do not fit on {cluster.num_cpus:g} CPUs; lower it or data.num_workers.")
+    return Shares(each, each, gpu)
+
+
+def fit(spec: TrainSpec, shares: Shares) -> None:
+    """Train on the connected cluster until the run is complete.
+
+    Raises:
+        VlaRayError: what a worker refused (out of memory, a damaged checkpoint ...).
+        ClusterError: workers died more often than `max_failures`, or Ray gave up.
+    """
+    config = spec.config
+    _refusal(spec).delete()
+    scratch = Path(spec.directory) / "logs" / "ray"
+    trainer = _QuietTrainer(
+        _work,
+        train_loop_config={"spec": spec, "data_cpus": shares.data_cpus},
+        torch_config=TorchConfig(backend="nccl" if shares.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=shares.gpu,
+            resources_per_worker={"CPU": shares.worker_cpus, **({"GPU": 1} if shares.gpu else {})},
+        ),
+        run_config=RunConfig(
+            # Another name at each start: Ray would take up what it believes the state of an old one to be.
+            name=f"{time.time_ns():x}",
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=config.max_failures + 1),  # one for a refusal, see _work
+            logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]  # mypy reads Train v1
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as e:
+        raise _reason(e, config.max_failures) from e
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if (refusal := read_json(_refusal(spec))) is not None:
+        raise getattr(errors, refusal["error_type"])(refusal["error"])
+
+
+class _QuietTrainer(TorchTrainer):
+    """Without the actor that frees the workers' resources should the controller vanish: it asks the dashboard's State
+    API every second, says so when there is none, and a job's resources are freed when its driver ends."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # as above
+        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+
+def _work(given: dict[str, Any]) -> None:
+    """The life of one training process."""
+    setup_logging()
+    spec: TrainSpec = given["spec"]
+    if _refusal(spec).exists():
+        return  # it would only be refused again; the driver reads why
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    rank, size = context.get_world_rank(), context.get_world_size()
+    kind = spec.config.parallel if size > 1 or spec.config.parallel == "fsdp" else "single"
+    workers = Workers(kind, rank, size, device, spec.computes_in_bfloat16(device))
+
+    def stream(maker: BatchMaker, steps: Steps, start: int, total: int) -> Iterator[MicroBatch]:
+        return ray_batches(maker, steps, rank, start, total, spec.config.data.num_workers, given["data_cpus"])
+
+    try:
+        run_worker(spec, workers, stream)
+    except VlaRayError as e:
+        # Ray Train would try again and again, and wrap the error beyond recognition.
+        write_json(_refusal(spec), {"error_type": type(e).__name__, "error": str(e)})
+        raise
+
+
+def _refusal(spec: TrainSpec) -> Location:
+    return Location.of(spec.directory) / "logs" / "refusal.json"
+
+
+def ray_batches(
+    maker: BatchMaker, steps: Steps, rank: int, start: int, total: int, data_workers: int, data_cpus: float
+) -> Iterator[MicroBatch]:
+    """One worker's batches of steps `start` .. `total`, made by a pool of data actors, in order.
+
+    Each worker streams its own samples: nothing is split, so nothing depends on who was faster, and what was consumed
+    before a resume is never read.
+    """
+    per_chunk = max(1, CHUNK_SAMPLES // (steps.batch_size * steps.accumulation))
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    context.execution_no_progress_timeout_s = -1
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    segment = per_chunk * SEGMENT_CHUNKS
+    for first in range(start, total, segment):
+        last = min(first + segment, total)
+        rows = [_chunk(steps, rank, at, min(at + per_chunk, last)) for at in range(first, last, per_chunk)]
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _MakeBatches,
+            fn_constructor_kwargs={"maker": maker},
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=min(data_workers, len(rows))),
+            num_cpus=data_cpus,
+        )
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            yield from unpack(table)
+
+
+def _chunk(steps: Steps, rank: int, first: int, stop: int) -> dict[str, Any]:
+    addresses = np.stack([steps.addresses(step, rank) for step in range(first, stop)])
+    return {"first": first, "shape": list(addresses.shape), "addresses": addresses.tobytes()}
+
+
+class _MakeBatches:
+    """A data worker: a chunk's addresses in, its micro-batches out, one at a time."""
+
+    def __init__(self, maker: BatchMaker) -> None:
+        setup_logging()
+        self.maker = maker
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        (row,) = table.to_pylist()
+        addresses = np.frombuffer(row["addresses"], np.int64).reshape(row["shape"])
+        try:
+            for batch in self.maker(row["first"], addresses):
+                yield pack(batch)
+        except VlaRayError as e:
+            yield pack_error(e)
+
+
+def _reason(failed: ray.train.TrainingFailedError, max_failures: int) -> VlaRayError:
+    """The first worker's reason in a line, or Ray's own."""
+    causes = list(getattr(failed, "worker_failures", {}).values()) or [failed]
+    cause = causes[0]
+    for candidate in causes:  # an error of ours says more than the broken connections of the others
+        if isinstance(candidate, VlaRayError):
+            return candidate
+        if isinstance(candidate, ray.exceptions.OutOfMemoryError):
+            return TrainingError(
+                "the node ran out of memory and Ray ended a worker. Lower training.batch_size, data.num_workers or "
+                "data.window, or use fewer workers per node."
+            )
+    text = str(cause).strip().splitlines()
+    reason = text[-1] if text else ""
+    return ClusterError(
+        f"training stopped after {max_failures} restarts ({type(cause).__name__}: {reason[:200]}). The stack is "
+        "in the log above; the same command goes on from the last checkpoint."
+    )
