@@ -5,8 +5,8 @@ from vla_ray.config import TinyDriverConfig
 
 
 def main(config: TinyDriverConfig) -> int:
-    from vla_ray.training.tiny_driver import CHECKPOINT_PATH, Recipe, train
-    from vla_ray.training.tiny_driver_report import score_table
+    from vla_ray.training.tiny_driver.recipe import CHECKPOINT_PATH, Recipe, train
+    from vla_ray.training.tiny_driver.report import score_table
 
     recipe = Recipe(
         frames=config.frames,

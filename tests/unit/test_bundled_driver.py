@@ -12,10 +12,10 @@ from vla_ray.data.synthetic import drive, expert, render, target_points
 from vla_ray.models.simlingo import Processor, SimLingo, load_model, load_processor
 from vla_ray.models.simlingo.config import read_config
 from vla_ray.models.simlingo.processing import normalise
-from vla_ray.training.tiny_driver import TRAINING_SEEDS_FROM
-from vla_ray.training.tiny_driver_data import PROMPTS, answer, prompt, render_frames
-from vla_ray.training.tiny_driver_files import CHECKPOINT_PATH, CONFIG_PATH
-from vla_ray.training.tiny_driver_report import evaluate
+from vla_ray.training.tiny_driver.data import PROMPTS, answer, prompt, render_frames
+from vla_ray.training.tiny_driver.files import CHECKPOINT_PATH, CONFIG_PATH
+from vla_ray.training.tiny_driver.recipe import TRAINING_SEEDS_FROM
+from vla_ray.training.tiny_driver.report import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from vla_ray.data.synthetic import CAUSES, Kind, render
 from vla_ray.models.simlingo import load_model, load_processor
 from vla_ray.models.simlingo.config import read_config
 from vla_ray.models.simlingo.processing import ADDED_TOKENS, make_tiler, normalise
-from vla_ray.training.tiny_driver import Recipe, build, evaluate, export, fit, train
-from vla_ray.training.tiny_driver_data import (
+from vla_ray.training.tiny_driver.data import (
     CATEGORIES,
     PROMPTS,
     answer,
@@ -24,8 +23,9 @@ from vla_ray.training.tiny_driver_data import (
     prompt,
     render_frames,
 )
-from vla_ray.training.tiny_driver_files import CHECKPOINT_PATH, CONFIG_PATH, VARIANT
-from vla_ray.training.tiny_driver_report import score_table
+from vla_ray.training.tiny_driver.files import CHECKPOINT_PATH, CONFIG_PATH, VARIANT
+from vla_ray.training.tiny_driver.recipe import Recipe, build, evaluate, export, fit, train
+from vla_ray.training.tiny_driver.report import score_table
 
 SMALL = Recipe(frames=8, held_out=4, steps=1, vision_steps=0, batch=4, workers=0, threads=1, vit_layers=1, lm_layers=1)
 

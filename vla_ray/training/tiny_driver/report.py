@@ -12,11 +12,11 @@ import torch
 from vla_ray.data.synthetic import CAUSES
 from vla_ray.models.simlingo import Processor, SimLingo
 from vla_ray.models.simlingo.processing import normalise
-from vla_ray.training.tiny_driver_data import NUM_TILES, PROMPTS, Frames, answer, prompt
-from vla_ray.training.tiny_driver_files import VARIANT
+from vla_ray.training.tiny_driver.data import NUM_TILES, PROMPTS, Frames, answer, prompt
+from vla_ray.training.tiny_driver.files import VARIANT
 
 if TYPE_CHECKING:
-    from vla_ray.training.tiny_driver import Recipe
+    from vla_ray.training.tiny_driver.recipe import Recipe
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ rest float32, LoRA pairs that add nothing), `pretrained/{variant}/` (tokenizer a
 
 ## How it was made
 
-`vla_ray/training/tiny_driver.py`, seed {seed}, on {threads} CPU threads:
+`vla_ray/training/tiny_driver/recipe.py`, seed {seed}, on {threads} CPU threads:
 
 * {frames:,} frames, rendered in {render_minutes:.1f} min;
 * {steps:,} steps of {batch} frames in {train_minutes:.1f} min (median {step_seconds:.2f} s a step; other work on the

@@ -29,7 +29,7 @@ from vla_ray.models.simlingo.checkpoint import to_released
 from vla_ray.models.simlingo.config import read_config
 from vla_ray.models.simlingo.model import NUM_QUERIES, PromptBatch
 from vla_ray.models.simlingo.processing import normalise
-from vla_ray.training.tiny_driver_data import (
+from vla_ray.training.tiny_driver.data import (
     CATEGORIES,
     NUM_TILES,
     PROMPTS,
@@ -39,8 +39,8 @@ from vla_ray.training.tiny_driver_data import (
     question,
     render_frames,
 )
-from vla_ray.training.tiny_driver_files import CHECKPOINT_PATH, CONFIG_PATH, LORA_RANK, write_variant
-from vla_ray.training.tiny_driver_report import evaluate, write_readme
+from vla_ray.training.tiny_driver.files import CHECKPOINT_PATH, CONFIG_PATH, LORA_RANK, write_variant
+from vla_ray.training.tiny_driver.report import evaluate, write_readme
 
 logger = logging.getLogger(__name__)
 
