@@ -28,6 +28,7 @@ from vla_ray.config.train import (
 from vla_ray.data.prepared import PreparedDataset
 from vla_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from vla_ray.models.paligemma.policy import ActionPolicy
+from vla_ray.models.paligemma.processing import Processor
 from vla_ray.models.paligemma.tiny import build_tiny
 from vla_ray.models.paligemma.tokenizer_file import load_tokenizer
 from vla_ray.storage.files import Location
@@ -35,8 +36,10 @@ from vla_ray.training.batches import BatchMaker, MicroBatch
 from vla_ray.training.checkpoints import RunFiles
 from vla_ray.training.order import Steps
 from vla_ray.training.parallel import Workers
-from vla_ray.training.session import local_stream, run_worker
+from vla_ray.training.session import local_stream, merge_best, run_worker
 from vla_ray.training.spec import TrainSpec, fit_tokenizer
+from vla_ray.training.tensors import inputs
+from vla_ray.training.validation import choose_samples
 
 STEPS = 6
 
@@ -333,3 +336,19 @@ def test_another_horizon_is_refused(make_spec: Callable[..., TrainSpec]) -> None
     spec = make_spec()
     with pytest.raises(DataError, match=r"actions of 8 steps, action\.num_steps is 4"):
         fit_tokenizer(replace(spec.config.action, num_steps=4), spec.dataset, "train")
+
+
+def test_merged_adapters_are_a_plain_model(make_spec: Callable[..., TrainSpec]) -> None:
+    spec = make_spec(lora={"enabled": True, "rank": 4}, max_steps=3)
+    run(spec)
+    merge_best(spec)
+    merged = Path(spec.directory, "merged")
+    assert not (merged / "adapter_config.json").exists()
+    samples = choose_samples(spec.dataset, "val", 4)
+    maker = BatchMaker(spec.dataset, (), Processor.from_directory(merged), spec.tokenizer)
+    batch = inputs(maker.plain(samples), torch.device("cpu"))
+    found = [
+        ActionPolicy.from_pretrained(d, load_tokenizer(Location.of(d / "tokenizers.pt"))).eval()(**batch).loss
+        for d in (merged, Path(spec.directory, "best_model"))
+    ]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)

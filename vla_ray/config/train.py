@@ -109,6 +109,7 @@ class LoraConfig:
     rank: int = knob(16, "of the adapters")
     alpha: int = knob(32, "their output is scaled by alpha / rank")
     dropout: float = knob(0.0, "of the adapters' input")
+    merged: bool = knob(False, "at the end write merged/ too: best_model/ with the adapters folded into its weights")
 
     def __post_init__(self) -> None:
         at_least("lora.rank", self.rank, 1)
@@ -120,9 +121,9 @@ class LoraConfig:
 class TrainingConfig:
     batch_size: int = knob(0, "samples of one pass of one worker; 0: 8, for the tiny model 32")
     gradient_accumulation_steps: int = knob(1, "passes before an optimiser step")
-    learning_rate: float = knob(0.0, "the largest; 0: 2e-5, for adapters 1e-4, for the tiny model 2e-3")
+    learning_rate: float = knob(0.0, "the largest; 0: 2e-5, for adapters 1e-4, for the tiny model 4e-3")
     min_learning_rate: float = knob(0.0, "share of it at the end of the cosine")
-    num_epochs: float = knob(0.0, "passes over the training split; 0: one, for the tiny model 2")
+    num_epochs: float = knob(1.0, "passes over the training split")
     max_steps: int | None = knob(None, "stop after so many optimiser steps; null: after num_epochs")
     warmup_ratio: float = knob(0.05, "share of the steps with a rising learning rate")
     weight_decay: float = knob(1e-4, "of matrices; norms, biases and embeddings do not decay")
@@ -144,10 +145,10 @@ class TrainingConfig:
         names = ("gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps")
         for name in (*names, "eval_samples", "eval_decode", "max_steps"):
             at_least(f"training.{name}", getattr(self, name), 1)
-        for name in ("max_grad_norm", "eps"):
+        for name in ("num_epochs", "max_grad_norm", "eps"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"training.{name}={getattr(self, name):g} must be positive.")
-        for name in ("batch_size", "learning_rate", "num_epochs"):
+        for name in ("batch_size", "learning_rate"):
             at_least(f"training.{name}", getattr(self, name), 0)
         choose("training.precision", self.precision, ("auto", "float32", "bfloat16"))
         choose("training.loss_over", self.loss_over, ("vocabulary", "actions"))
@@ -196,8 +197,7 @@ class TrainConfig:
         tiny = self.model.name == TINY
         usual: dict[str, Any] = {
             "batch_size": 32 if tiny else 8,
-            "learning_rate": 2e-3 if tiny else 1e-4 if self.lora.enabled else 2e-5,
-            "num_epochs": 2.0 if tiny else 1.0,
+            "learning_rate": 4e-3 if tiny else 1e-4 if self.lora.enabled else 2e-5,
         }
         missing = {name: value for name, value in usual.items() if not getattr(self.training, name)}
         object.__setattr__(self, "training", replace(self.training, **missing))

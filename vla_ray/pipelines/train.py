@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shlex
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import ray
 from omegaconf import OmegaConf
 
-from vla_ray.cluster import connect
-from vla_ray.config.train import TrainConfig
+from vla_ray.cluster import Cluster, connect
+from vla_ray.config.train import TINY, TrainConfig
 from vla_ray.data.prepared import DOCUMENT, PreparedDataset
 from vla_ray.errors import ConfigError, RunError, VlaRayError
 from vla_ray.models.paligemma.actions import ActionTokenizer
@@ -55,6 +58,40 @@ def train(config: TrainConfig) -> int:
     return _Training(config, dataset, tokenizer).execute()
 
 
+def check_settings(config: TrainConfig) -> None:
+    """Refuse what no dataset could make right: the place, the model, the machine. Nothing is written or started.
+
+    Raises:
+        VlaRayError: output_dir, model.name, workers or model.device cannot be used.
+    """
+    import torch  # takes seconds, as the next do; a refusal of a dataset should not
+
+    from vla_ray.models.paligemma.processing import Processor
+    from vla_ray.training.base import prepare_base
+    from vla_ray.training.trainer import share_out
+
+    location = _output(config)
+    name = config.model.name
+    if name != TINY and (Path(name).is_dir() or Path(name).is_absolute() or "/" not in name):  # else on the hub
+        base = prepare_base(config, RunFiles(location.local_path))
+        Processor.from_directory(base, config.model.max_text_length)
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS", "local")
+    if address == "local" and not ray.is_initialized():
+        cpus = config.cluster.num_cpus or os.cpu_count() or 1
+        expected = Cluster(True, cpus, torch.cuda.device_count(), memory_bytes=0, largest_node_cpus=cpus)
+        share_out(expected, config.workers, config.data.num_workers, config.model.device)
+
+
+def _output(config: TrainConfig) -> Location:
+    location = Location.of(config.output_dir)
+    if not location.is_local:
+        raise ConfigError(
+            f"output_dir={config.output_dir}: checkpoints are written to a disk that all workers see, not to "
+            f"{location.scheme}://. Give a path."
+        )
+    return location
+
+
 @dataclass(slots=True)
 class _Training:
     config: TrainConfig
@@ -62,8 +99,6 @@ class _Training:
     tokenizer: ActionTokenizer
 
     def execute(self) -> int:
-        from vla_ray.training.base import prepare_base, report_plan  # torch takes seconds; a refusal should not
-
         run = self._open()
         files = RunFiles(run.location.local_path)
         log = RunLog(files)
@@ -72,16 +107,27 @@ class _Training:
             logger.info("run %s is finished: nothing to do", run.location.name)
             sys.stdout.write(log.conclusion())
             return 0
+        check_settings(self.config)
+        from vla_ray.training.base import prepare_base, report_plan
+        from vla_ray.training.session import merge_best
+        from vla_ray.training.validation import choose_samples
+
+        is_tiny = self.config.model.name == TINY
+        where = str(files.initial) if is_tiny else self.config.model.name
+        spec = TrainSpec(self.config, str(files.directory), where, self.dataset, self.tokenizer)
+        steps = spec.steps()
+        choose_samples(self.dataset, self.config.data.val_split, 1)
         if self.config.dry_run:
-            where = self.config.model.name if Path(self.config.model.name).is_dir() else str(files.initial)
-            sys.stdout.write(
-                report_plan(TrainSpec(self.config, str(files.directory), where, self.dataset, self.tokenizer))
-            )
+            with TemporaryDirectory() as scratch:
+                if is_tiny:
+                    spec = replace(spec, base=str(prepare_base(self.config, RunFiles(Path(scratch)))))
+                sys.stdout.write(report_plan(spec))
             return 0
+        if not is_tiny:
+            spec = replace(spec, base=str(prepare_base(self.config, files)))  # a download may take long
         with Lease.acquire(run.location, command=shlex.join(["python", *sys.argv])) as lease, sigterm_stops():
-            base = prepare_base(self.config, files)
-            spec = TrainSpec(self.config, str(files.directory), str(base), self.dataset, self.tokenizer)
-            steps = spec.steps()
+            if is_tiny:
+                prepare_base(self.config, files)
             total = spec.total(steps)
             run.start({"manifest": manifest, "frames": self.dataset.rows(self.config.data.train_split), "targets": []})
             logger.info(
@@ -103,6 +149,8 @@ class _Training:
                     again = resume_command({"run": run.location.name})
                     raise type(e)(f"{e} {files.last} is kept; to go on: {again}") from e
                 raise
+            if self.config.lora.enabled and self.config.lora.merged:
+                merge_best(spec)
             lease.check()
             run.update(status="finished", counts={"steps": total})
         sys.stdout.write(log.conclusion())
@@ -110,14 +158,8 @@ class _Training:
 
     def _open(self) -> RunDirectory:
         config = self.config
-        location = Location.of(config.output_dir)
-        if not location.is_local:
-            raise ConfigError(
-                f"output_dir={config.output_dir}: checkpoints are written to a disk that all workers see, not to "
-                f"{location.scheme}://. Give a path."
-            )
         run = RunDirectory.open(
-            location,
+            _output(config),
             config.run or time.strftime("train_%y%m%d_%H%M%S"),
             settings={"job": "train", **result_settings(config)},
             checkpoints={"data.path": file_identity(self.dataset.location / DOCUMENT)},
@@ -133,24 +175,30 @@ class _Training:
 
     def _train(self, spec: TrainSpec, run: RunDirectory, log: RunLog) -> None:
         """On Ray, in a thread of its own: in the main one Ray Train would take over the signals."""
-        from vla_ray.training.trainer import fit, share_out
+        from vla_ray.training.trainer import fit, share_out, stop
 
         config = self.config
         identity = hashlib.sha256(f"{run.location} {run.document['created']}".encode()).hexdigest()[:16]
         settings = {**result_settings(config), "workers": config.workers, "parallel": config.parallel}
-        with (
-            connect(config.cluster) as cluster,
-            make_tracker(config.wandb, run.location.name, identity, settings, Path(spec.directory)) as tracker,
-        ):
-            shares = share_out(cluster, config.workers, config.data.num_workers, config.model.device)
-            thread = ThreadPoolExecutor(1, thread_name_prefix="fit")
-            fitting: Future[None] = thread.submit(fit, spec, shares)
-            thread.shutdown(wait=False)
-            while not wait_for([fitting], timeout=POLL_S).done:
+        fitting: Future[None] | None = None
+        try:
+            with (
+                connect(config.cluster) as cluster,
+                make_tracker(config.wandb, run.location.name, identity, settings, Path(spec.directory)) as tracker,
+            ):
+                shares = share_out(cluster, config.workers, config.data.num_workers, config.model.device)
+                thread = ThreadPoolExecutor(1, thread_name_prefix="fit")
+                fitting = thread.submit(fit, spec, shares)
+                thread.shutdown(wait=False)
+                while not wait_for([fitting], timeout=POLL_S).done:
+                    log.follow(tracker)
                 log.follow(tracker)
-            log.follow(tracker)
-            fitting.result()
-            tracker.summarise(log.best or {})
+                fitting.result()
+                tracker.summarise(log.best or {})
+        finally:
+            if fitting is not None and not fitting.done() and ray.is_initialized():
+                stop(spec)  # somebody else's Ray, as in a notebook: training would go on without us
+                wait_for([fitting])
 
 
 def result_settings(config: TrainConfig) -> dict[str, Any]:
@@ -163,6 +211,7 @@ def result_settings(config: TrainConfig) -> dict[str, Any]:
         groups["data"]["num_workers"],
         groups["data"]["path"],
         groups["action"]["max_clip_rate"],
+        groups["lora"]["merged"],
     )
     for name in (*_HARMLESS, *_IN_GLOBAL_BATCH):
         del groups["training"][name]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from vla_ray.errors import CheckpointError
 from vla_ray.storage.files import Location, write_atomic
@@ -30,15 +31,17 @@ class RunFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.last, self.best = directory / "last", directory / "best_model"
-        self.initial = directory / "initial"
+        self.initial, self.merged = directory / "initial", directory / "merged"
         self.log, self.examples = directory / "logs" / "train.jsonl", directory / "logs" / "examples.jsonl"
 
     def recover(self) -> None:
-        """After a crash between two renames: the older directory is still whole."""
+        """After a crash: between two renames the older directory is still whole; what is left over goes."""
         for final in (self.last, self.best):
             old = _old(final)
             if not final.exists() and old.exists():
                 old.rename(final)
+            for leftover in (old, _new(final)):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def save_last(self, write_model: Callable[[Path], None], state: Mapping[str, Any]) -> None:
         """Replace `last/`. `write_model` fills the directory that it is given."""
@@ -61,6 +64,10 @@ class RunFiles:
                         shutil.copy2(file, directory / file.name)
 
         self._replace(self.best, write)
+
+    def save_merged(self, write_model: Callable[[Path], None]) -> None:
+        """Replace `merged/`."""
+        self._replace(self.merged, write_model)
 
     def load_state(self) -> dict[str, Any]:
         """What `save_last` was given. CheckpointError if it is damaged."""
@@ -91,10 +98,14 @@ class RunFiles:
 
     def _replace(self, final: Path, write: Callable[[Path], None]) -> None:
         with storage_errors("write", Location.of(final)):
-            new, old = final.with_name(f".{final.name}.new"), _old(final)
+            new, old = _new(final), _old(final)
             shutil.rmtree(new, ignore_errors=True)
             make_directory(new)
-            write(new)
+            try:
+                write(new)
+            except (RuntimeError, SafetensorError) as e:  # how torch and safetensors say that the disk is full
+                shutil.rmtree(new, ignore_errors=True)
+                raise OSError(" ".join(str(e).split())[:200]) from e
             for file in _files(new):
                 file.chmod(0o644)  # safetensors writes 0600, which would hide results from colleagues
                 _sync(file)
@@ -124,6 +135,10 @@ def _step(line: str) -> float:
 
 def _old(final: Path) -> Path:
     return final.with_name(f".{final.name}.old")
+
+
+def _new(final: Path) -> Path:
+    return final.with_name(f".{final.name}.new")
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -94,6 +94,19 @@ def load_policy(spec: TrainSpec, source: Path, workers: Workers) -> ActionPolicy
     return policy
 
 
+def merge_best(spec: TrainSpec) -> None:
+    """Write `merged/`: `best_model/` with its adapters folded into the weights. Takes memory for two models."""
+    files = RunFiles(Path(spec.directory))
+    policy = ActionPolicy.from_pretrained(files.best, spec.tokenizer, base=spec.base)
+
+    def write(directory: Path) -> None:
+        policy.save_merged(directory)
+        location = Location.of(directory) / tokenizer_file.NAME
+        tokenizer_file.save_tokenizer(location, spec.tokenizer, policy.first_action_id)
+
+    files.save_merged(write)
+
+
 def _flops(policy: ActionPolicy, spec: TrainSpec, tokens: float) -> float:
     """Of one sample of so many tokens."""
     rank = spec.config.lora.rank if spec.config.lora.enabled else 0

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,14 +131,38 @@ def _work(given: dict[str, Any]) -> None:
     workers = Workers(kind, rank, size, device, spec.computes_in_bfloat16(device))
 
     def stream(maker: BatchMaker, steps: Steps, start: int, total: int) -> Iterator[MicroBatch]:
-        return ray_batches(maker, steps, rank, start, total, spec.config.data.num_workers, given["data_cpus"])
+        data_workers = spec.config.data.num_workers
+        for batch in ray_batches(maker, steps, rank, start, total, data_workers, given["data_cpus"]):
+            if _refusal(spec).exists():
+                raise TrainingError("stopped, or refused by another worker.")
+            yield batch
 
     try:
         run_worker(spec, workers, stream)
     except VlaRayError as e:
-        # Ray Train would try again and again, and wrap the error beyond recognition.
-        write_json(_refusal(spec), {"error_type": type(e).__name__, "error": str(e)})
+        _refuse(spec, e)
         raise
+    except torch.OutOfMemoryError as e:  # not in a step: while loading, validating or saving
+        reason = " ".join(str(e).split())[:120]
+        error = TrainingError(
+            f"out of memory beside the training steps, for the model or a validation ({reason}). Lower "
+            f"training.batch_size ({spec.config.training.batch_size}), set lora.enabled=true, or parallel=fsdp with "
+            "more workers."
+        )
+        _refuse(spec, error)
+        raise error from e
+
+
+def stop(spec: TrainSpec) -> None:
+    """End a `fit` that runs in another thread: its workers stop at their next batch, and are not started again."""
+    _refuse(spec, TrainingError("stopped."))
+
+
+def _refuse(spec: TrainSpec, error: VlaRayError) -> None:
+    """For the driver, once: Ray Train would try again and again, and wrap the error beyond recognition."""
+    if not _refusal(spec).exists():
+        with suppress(VlaRayError):  # the disk may be what is refused
+            write_json(_refusal(spec), {"error_type": type(error).__name__, "error": str(error)})
 
 
 def _refusal(spec: TrainSpec) -> Location:
