@@ -1,15 +1,11 @@
 """The Ray Data graph that every batch workload runs on: items -> decode tasks -> replica actors -> summaries.
 
 Only small things travel: an item's JSON, uint8 tiles, and counts on the way back. Results and rows are written by
-the actors (stages/work.py). An actor that dies is restarted by Ray and its item given to it again. An expected error
-(a full disk, a checkpoint that cannot be loaded) travels as a result: Ray would wrap it beyond recognition, log stacks,
-and start an actor that refuses again and again.
+the actors (stages/work.py). An actor that dies is restarted by Ray and its item given to it again.
 """
 
 from __future__ import annotations
 
-import json
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -18,17 +14,15 @@ from typing import Any
 import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
-from ray.exceptions import RayError, RayTaskError
 from ray.util.metrics import Counter
 
-from vla_ray import errors
-from vla_ray.errors import ClusterError, VlaRayError
+from vla_ray.errors import VlaRayError
 from vla_ray.logs import setup_logging
 from vla_ray.pipelines.resources import DECODE_CPUS, Plan
+from vla_ray.pipelines.results import as_row, check_lease, read_results
 from vla_ray.stages.decode import Decoder, DecodeWorker, pack, unpack
 from vla_ray.stages.work import Loaded, Replica, Summary, Worker, WorkItem
 from vla_ray.storage.files import Location
-from vla_ray.storage.lease import Lease
 
 MAX_BLOCKS = 4096  # blocks of one dataset: enough for any pool, few enough for the driver
 
@@ -68,20 +62,9 @@ def run_items(
         num_cpus=plan.num_cpus,
         num_gpus=plan.num_gpus,
     )
-    batches = iter(dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"))
-    with closing(batches):  # type: ignore[type-var]  # a generator; closing it frees the actors at once
-        try:
-            for batch in batches:
-                for text in batch["result"]:
-                    result = json.loads(text)
-                    if "error" in result:
-                        raise getattr(errors, result["error_type"])(result["error"])
-                    yield Summary(**result)
-        except RayTaskError:
-            raise  # an exception in our own code: a bug, with its stack
-        except RayError as e:
-            reason = " ".join(str(e).split())[:300]
-            raise ClusterError(f"Ray gave up ({type(e).__name__}: {reason}).") from e
+    with closing(read_results(dataset)) as results:  # type: ignore[type-var]  # a generator
+        for result in results:
+            yield Summary(**result)
 
 
 class _Decode:
@@ -102,22 +85,14 @@ class _ReplicaActor:
         setup_logging()
         self.refusal: VlaRayError | None = None
         try:
-            if not Lease.is_held_by(run_dir, token):
-                raise ClusterError(
-                    f"a worker on {socket.gethostname()} does not see this run's lease in {run_dir}: output_dir must "
-                    "be on storage that every node shares. Give such an output_dir."
-                )
+            check_lease(run_dir, token)
             self.worker = Worker(make_replica(), run_dir, token)
         except VlaRayError as e:
             self.refusal = e
         self.frames = Counter("vla_ray_rows_total", "rows committed, by status", tag_keys=("status",))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            result = asdict(self._process(row))
-        except VlaRayError as e:
-            result = {"error_type": type(e).__name__, "error": str(e)}
-        return {"result": json.dumps(result)}
+        return as_row(lambda: asdict(self._process(row)))
 
     def _process(self, row: dict[str, Any]) -> Summary:
         if self.refusal is not None:
