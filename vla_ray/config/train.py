@@ -121,7 +121,7 @@ class LoraConfig:
 class TrainingConfig:
     batch_size: int = knob(0, "samples of one pass of one worker; 0: 8, for the tiny model 32")
     gradient_accumulation_steps: int = knob(1, "passes before an optimiser step")
-    learning_rate: float = knob(0.0, "the largest; 0: 2e-5, for adapters 1e-4, for the tiny model 4e-3")
+    learning_rate: float = knob(0.0, "the largest; 0: 2e-5, for adapters 1e-4, for the tiny model 8e-3")
     min_learning_rate: float = knob(0.0, "share of it at the end of the cosine")
     num_epochs: float = knob(1.0, "passes over the training split")
     max_steps: int | None = knob(None, "stop after so many optimiser steps; null: after num_epochs")
@@ -197,7 +197,7 @@ class TrainConfig:
         tiny = self.model.name == TINY
         usual: dict[str, Any] = {
             "batch_size": 32 if tiny else 8,
-            "learning_rate": 4e-3 if tiny else 1e-4 if self.lora.enabled else 2e-5,
+            "learning_rate": 8e-3 if tiny else 1e-4 if self.lora.enabled else 2e-5,
         }
         missing = {name: value for name, value in usual.items() if not getattr(self.training, name)}
         object.__setattr__(self, "training", replace(self.training, **missing))

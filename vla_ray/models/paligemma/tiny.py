@@ -53,7 +53,7 @@ def build_tiny(
     *,
     image_size: int = 56,
     patch_size: int = 14,
-    vision_dim: int = 32,
+    vision_dim: int = 64,
     vision_layers: int = 2,
     dim: int = 64,
     layers: int = 2,
