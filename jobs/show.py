@@ -1,4 +1,4 @@
-"""Print what a payload, a metrics table or a run directory holds: python jobs/show.py path=outputs/demo."""
+"""Print what a payload, a run directory or a prepared dataset holds: python jobs/show.py path=outputs/demo."""
 
 from vla_ray.command_line import run_job
 from vla_ray.config import ShowConfig

@@ -8,11 +8,12 @@ from vla_ray.config import TrainConfig
 
 
 def main(config: TrainConfig) -> int:
-    from vla_ray.pipelines.train import train
+    from vla_ray.pipelines.train import check_settings, train
 
     if config.data.path is None:
         from vla_ray.bundled import bundled_dataset
 
+        check_settings(config)  # before a dataset is made for it
         path = bundled_dataset(Path(__file__).resolve().parent.parent)
         config = replace(config, data=replace(config.data, path=path))
     return train(config)

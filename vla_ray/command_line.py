@@ -96,16 +96,21 @@ def _override(arg: str, schema: type, groups: dict[str, list[str]]) -> str:
     if key in groups and key in known:
         if value not in groups[key]:
             raise ConfigError(
-                f"{key}={value!r} is unknown; known: {', '.join(groups[key])}.{nearest(value, groups[key])}"
+                f"{key}={value!r} is unknown; known: {', '.join(groups[key])}.{nearest(value, groups[key])} Its "
+                f"settings can also be given one by one, {key}.<setting>=... (--help lists them)."
             )
         return f"{key}={value}"
-    if key in known and (meaning := getattr(known[key], "SHORTHAND", {}).get(value.lower())):
-        setting, meant = meaning
+    if key in known and (shorthand := getattr(known[key], "SHORTHAND", {})):
+        if value.lower() not in shorthand:
+            raise ConfigError(f"{key}={value!r} is unknown; known: {', '.join(shorthand)} (or {key}.<setting>=...).")
+        setting, meant = shorthand[value.lower()]
         return f"++{key}.{setting}={quote(meant)}"
     if key not in known or is_dataclass(known[key]):
         leaves = [k for k, hint in known.items() if not is_dataclass(hint)]
         hint = nearest(key, leaves) or nearest(key.rpartition(".")[2], leaves)
         raise ConfigError(f"unknown setting {key!r}.{hint} --help lists all {len(leaves)}.")
+    if known[key] is str and value.strip().lower() == "none":
+        value = "'none'"  # a choice of that name: a text cannot be null
     return f"++{key}={quote(value)}"  # ++: the YAML need not list every key, the schema does
 
 

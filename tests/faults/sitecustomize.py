@@ -10,7 +10,13 @@ every call, so a test may change it while its cluster lives:
     raise        {"<frame id>": "message"}: a RuntimeError whenever this frame is processed
     full_disk    "text": every write whose path contains it fails with ENOSPC, once half of it is written
     refuse_start "message": constructing a replica raises a CheckpointError
-    delay_s      seconds that every batch takes longer
+    delay_s      seconds that every batch, or every optimiser step, takes longer
+    out_of_memory  step before which a training worker runs out of memory
+    raise_train  [step, "message"]: a RuntimeError in every training worker before this step
+
+Points of training: `train` ("<rank>:<step>", before an optimiser step) and `rename` (a name: that file or directory
+would be renamed next, and `last/` is already out of the way). Every start of a training worker is a line `starts`
+beside the faults.
 
 Points: `decode` (a picture), `process` (before a batch), `writing` (half a payload written), `processed` (payloads
 durable, rows not), `committed` (rows durable, the driver does not know).
@@ -134,12 +140,55 @@ def wrap_files(module: Any) -> None:
     module._fill = faulty_fill
 
 
+def wrap_loop(module: Any) -> None:
+    one = module.Loop._one
+
+    def faulty_one(self: Any, batches: Any, window: Any) -> None:
+        now, step = faults(), self.step + 1
+        if my_turn("train", [f"{self.workers.rank}:{step}"]):
+            die()
+        if now.get("out_of_memory") == step:
+            import torch
+
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        if now.get("raise_train", [None])[0] == step:
+            raise RuntimeError(now["raise_train"][1])
+        time.sleep(now.get("delay_s", 0.0))
+        one(self, batches, window)
+
+    module.Loop._one = faulty_one
+
+
+def wrap_session(module: Any) -> None:
+    run_worker = module.run_worker
+
+    def counted(spec: Any, workers: Any, stream: Any) -> None:
+        with FAULTS.with_name("starts").open("a") as file:
+            file.write(f"{workers.rank} {spec.directory}\n")
+        run_worker(spec, workers, stream)
+
+    module.run_worker = counted
+
+
+def wrap_checkpoints(module: Any) -> None:
+    def hook(event: str, arguments: Any) -> None:
+        if event == "os.rename":
+            old = Path(os.fsdecode(arguments[0]))
+            if old.with_name(".last.old").exists() and my_turn("rename", [old.name]):
+                die()
+
+    sys.addaudithook(hook)
+
+
 WRAP: dict[str, Callable[[Any], None]] = {
     "vla_ray.stages.capture": wrap_replicas("CaptureReplica"),
     "vla_ray.stages.explain": wrap_replicas("OnlineExplainer", "PayloadExplainer"),
     "vla_ray.stages.decode": wrap_decode,
     "vla_ray.stages.work": wrap_work,
     "vla_ray.storage.files": wrap_files,
+    "vla_ray.training.loop": wrap_loop,
+    "vla_ray.training.session": wrap_session,
+    "vla_ray.training.checkpoints": wrap_checkpoints,
 }
 
 

@@ -40,6 +40,12 @@ def test_a_mirrored_picture_asks_for_the_mirrored_action() -> None:
         ("turn clockwise", "turn counterclockwise"),
         ("leftover boxes, bright lights", "leftover boxes, bright lights"),
         ("go forward", "go forward"),
+        ("turn counter-clockwise, then Anti clockwise", "turn clockwise, then Clockwise"),
+        ("stop right before the door on your right-hand side", "stop right before the door on your left-hand side"),
+        ("the chair right next to the left door", "the chair right next to the right door"),
+        ("turn right after the chairs", "turn left after the chairs"),
+        ("turn right next to the sofa", "turn left next to the sofa"),
+        ("the topleft window, leftside wall", "the topright window, rightside wall"),
     ],
 )
 def test_words(text: str, mirrored: str) -> None:

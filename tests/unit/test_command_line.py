@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from vla_ray.command_line import load_config, quote, run_job
-from vla_ray.config import CaptureConfig
+from vla_ray.config import CaptureConfig, WandbConfig
+from vla_ray.config.train import TrainConfig
 from vla_ray.errors import ConfigError, RunError
 
 
@@ -78,6 +79,26 @@ def test_mistakes_are_one_line_with_a_hint(repo: Path, arg: str, message: str) -
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("arg", "mode"),
+    [
+        ("wandb=true", "online"),
+        ("wandb=True", "online"),
+        ("wandb=false", "disabled"),
+        ("wandb=offline", "offline"),
+        ("wandb.mode=offline", "offline"),
+    ],
+)
+def test_wandb_may_be_switched_as_a_whole(repo: Path, arg: str, mode: str) -> None:
+    assert load(repo, arg, "wandb.project=mine").wandb == WandbConfig(mode=mode, project="mine")
+    assert load_config(repo, "train", TrainConfig, [arg]).wandb.mode == mode
+
+
+def test_another_word_for_wandb_is_refused(repo: Path) -> None:
+    with pytest.raises(ConfigError, match="wandb='maybe' is unknown; known: true, false, online, offline"):
+        load(repo, "wandb=maybe")
+
+
 def test_checkpoint_brings_its_own_config(repo: Path) -> None:
     config = load(repo, "model.checkpoint=/x/checkpoints/epoch=013.ckpt/pytorch_model.pt")
     assert config.model.config == "/x/.hydra/config.yaml"
@@ -120,3 +141,10 @@ def test_help_lists_every_setting(repo: Path, capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     for key in ("scene_dir", "model.checkpoint", "spline.num_samples", "wandb.mode", "max_error_rate"):
         assert f"  {key} " in text
+
+
+def test_none_is_a_word_where_a_text_is_meant(repo: Path) -> None:
+    config = load_config(repo, "train", TrainConfig, ["action.normalizer=none", "run=none", "training.max_steps=none"])
+    assert config.action.normalizer == "none"
+    assert config.run is None
+    assert config.training.max_steps is None

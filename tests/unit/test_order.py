@@ -88,6 +88,13 @@ def test_weights_decide_the_shares() -> None:
     assert max(counts.values()) > 1
 
 
+def test_a_sample_that_comes_again_is_another_visit() -> None:
+    """Else it would be augmented in the same way each time."""
+    addresses = [tuple(a) for a in order(weights={"big": 1.0, "small": 9.0}).epoch(2).tolist()]
+    assert len(set(addresses)) == len(addresses)
+    assert len({a[:2] for a in addresses}) < len(addresses)
+
+
 def test_an_unknown_sub_dataset_is_named() -> None:
     with pytest.raises(ConfigError, match=r"'smal', which the dataset does not hold.*Did you mean 'small'"):
         order(weights={"smal": 1.0})

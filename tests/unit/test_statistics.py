@@ -104,3 +104,17 @@ def test_nothing_has_no_statistics() -> None:
     for ask in (lambda: empty.mean, lambda: empty.quantile(0.5), lambda: empty.clip_rate(-1, 1)):
         with pytest.raises(ValueError, match="no actions"):
             ask()
+
+
+def test_with_mirror_is_that_of_both() -> None:
+    actions = np.random.default_rng(0).normal(0.5, 0.3, (500, 2)).round(2)
+    both, mirrored = ActionStatistics(), ActionStatistics()
+    mirrored.add(actions)
+    both.add(np.concatenate([actions, actions * [1, -1]]))
+    found = mirrored.with_mirror()
+    assert found.count == both.count
+    for name in ("mean", "std", "minimum", "maximum"):
+        np.testing.assert_allclose(getattr(found, name), getattr(both, name), atol=1e-12)
+    for q in (0.005, 0.3, 0.5, 0.9):
+        np.testing.assert_allclose(found.quantile(q), both.quantile(q))
+    assert mirrored.mean[1] == pytest.approx(actions[:, 1].mean()), "the original stays"

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from vla_ray.config.train import (
     TrainDataConfig,
     TrainingConfig,
 )
+from vla_ray.data.cast.statistics import ActionStatistics
 from vla_ray.data.prepared import PreparedDataset
 from vla_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from vla_ray.models.paligemma.policy import ActionPolicy
@@ -39,7 +41,7 @@ from vla_ray.training.parallel import Workers
 from vla_ray.training.session import local_stream, merge_best, run_worker
 from vla_ray.training.spec import TrainSpec, fit_tokenizer
 from vla_ray.training.tensors import inputs
-from vla_ray.training.validation import choose_samples
+from vla_ray.training.validation import choose_samples, permuted
 
 STEPS = 6
 
@@ -374,3 +376,76 @@ def test_merged_adapters_are_a_plain_model(make_spec: Callable[..., TrainSpec]) 
         for d in (merged, Path(spec.directory, "best_model"))
     ]
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_mirrored_actions_fit_the_bounds(make_spec: Callable[..., TrainSpec]) -> None:
+    """Of a dataset that only ever turns left, half of what training sees turns right."""
+    spec = make_spec()
+    one_sided = ActionStatistics()
+    one_sided.add([[1.0, y] for y in (0.2, 0.3, 0.4)])
+    dataset = replace(spec.dataset, statistics={"train": one_sided})
+    plain, mirrored = (fit_tokenizer(spec.config.action, dataset, "train", m) for m in (False, True))
+    turned = np.tile([[1.0, -0.4]], (8, 1))
+    assert abs(plain.decode(plain.encode(turned)) - turned).max() > 0.5
+    assert abs(mirrored.decode(mirrored.encode(turned)) - turned).max() < 0.01
+
+
+def test_padded_samples_are_not_trained_on(make_spec: Callable[..., TrainSpec]) -> None:
+    spec = make_spec()
+    document = {**spec.dataset.document, "options": {**spec.dataset.document["options"], "padding": "keep"}}
+    with pytest.raises(DataError, match=r"padding=keep.*padding=drop"):
+        fit_tokenizer(spec.config.action, replace(spec.dataset, document=document), "train")
+
+
+def test_last_of_other_action_tokens_is_refused(make_spec: Callable[..., TrainSpec]) -> None:
+    spec = make_spec(max_steps=2)
+    run(spec)
+    other = replace(spec, tokenizer=replace(spec.tokenizer, bounds=(-2.0, 2.0)))
+    with pytest.raises(CheckpointError, match=r"tokenizers\.pt does not fit: the fingerprint"):
+        run(other)
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["adapters", "all weights"])
+def test_training_starts_from_adapters(enabled: bool, make_spec: Callable[..., TrainSpec]) -> None:
+    first = make_spec("first", lora={"enabled": True, "rank": 4}, max_steps=3, learning_rate=0.05)
+    run(first)
+    second = make_spec("second", lora={"enabled": enabled, "rank": 4}, max_steps=2)
+    run(replace(second, base=str(Path(first.directory, "best_model"))))
+    losses = [line["loss"] for line in log(first, "train")], [line["loss"] for line in log(second, "train")]
+    assert losses[1][0] < losses[0][0] - 0.01, "what was learnt is there"
+    names = weights(second).keys()
+    assert enabled == all("lora_" in name for name in names)
+    assert enabled or PaliGemmaForConditionalGeneration.from_pretrained(Path(second.directory, "last"))
+    third = replace(
+        make_spec("third", lora={"enabled": True, "rank": 8}), base=str(Path(first.directory, "best_model"))
+    )
+    with pytest.raises(ConfigError, match=r"lora\.rank=8, but .* have rank 4"):
+        run(third)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "moved"),
+    [(["a", "b", "c", "d"], 4), (["a", "a", "a", "b"], 2), (["a", "a"], 0), (["a", "a", "b", "b", "c"], 5)],
+)
+def test_permuted_instructions_are_of_others(instructions: list[str], moved: int) -> None:
+    for seed in range(5):
+        found = permuted(instructions, seed)
+        assert sorted(found) == sorted(instructions)
+        assert sum(a != b for a, b in zip(found, instructions, strict=True)) == moved
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("betas", 0.9), ("betas", [2, 0.9]), ("seed", -1), ("learning_rate", float("nan")), ("warmup_ratio", 5)],
+)
+def test_settings_out_of_range(setting: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"training\.{setting}="):
+        TrainingConfig(**{setting: value})
+
+
+def test_weights_are_positive_numbers() -> None:
+    assert TrainDataConfig(weights=["a =0.5", "b=2"]).weights == {"a": 0.5, "b": 2.0}
+    assert TrainDataConfig(weights=[]).weights is None
+    for wrong in (["a=inf"], ["a"], ["a=-1"], 3):
+        with pytest.raises(ConfigError, match=r"data\.weights: .*is no positive number"):
+            TrainDataConfig(weights=wrong)

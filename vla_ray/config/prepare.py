@@ -15,7 +15,7 @@ KNOWN_SPACINGS = "known"
 
 @dataclass(frozen=True)
 class SourceDataConfig:
-    cache_dir: str = knob("", "downloads go there; every node must see it (archives are unpacked beside themselves)")
+    cache_dir: str = knob("", "downloads go there, and archives are unpacked there; every node must see it")
     scale_m: Any = knob(
         (), "where a source lacks normalization_factor: metres per unit, [sacson=0.12,recon=0.25,*=0.3] or [known]"
     )

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from vla_ray.config.knobs import at_least, knob, resolve_path
-from vla_ray.config.shared import ModelConfig
+from vla_ray.config.shared import ClusterConfig, ModelConfig
 from vla_ray.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class ShowConfig:
-    """Print what a payload, a metrics table or a run directory holds."""
+    """Print what a payload, a metrics table, a run directory or a prepared dataset holds (of one, samples as a PNG)."""
 
-    path: str = knob("", "a payload .pt, a run directory, a .parquet file, or a folder of runs")
+    path: str = knob("", "a payload .pt, a run directory, a prepared dataset, a .parquet file, or a folder of these")
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -62,17 +62,24 @@ class TinyDriverConfig:
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What things cost. Benches: relevance (against plain forward + backward; sizes tiny, mid)."""
+    """What things cost. Benches: relevance (beside plain forward + backward), train (Ray and data beside a plain loop).
 
-    bench: str = knob("relevance", "what is measured")
-    size: Any = knob("tiny", "one or a list of: tiny (`model`), mid (random weights, 12 layers, 1025 vision tokens)")
+    Sizes of relevance: tiny is `model`, mid has random weights, 12 layers and 1025 vision tokens. Sizes of train: tiny
+    is the bundled PaliGemma, mid one of 20 M random weights, 8 + 8 layers and 224 pixels.
+    """
+
+    bench: str = knob("relevance", "what is measured: relevance | train")
+    size: Any = knob("tiny", "one or a list of: tiny, mid")
     rounds: int = knob(5, "each side is run so often, the plain one before and after it")
     threads: int = knob(1, "of torch; more than one also measure what else the machine does")
-    memory: bool = knob(True, "measure peak memory, each side in a process of its own (Linux)")
+    memory: bool = knob(True, "relevance: measure peak memory, each side in a process of its own (Linux)")
+    steps: int | None = knob(None, "train: optimiser steps of a stretch; null: by size")
+    data_workers: int = knob(1, "train: Ray tasks that make batches")
     output_dir: str = knob("", "benchmarks/<bench>_<time>.json goes there; local or s3://")
-    model: ModelConfig = knob(ModelConfig, "of size tiny")
+    model: ModelConfig = knob(ModelConfig, "relevance: of size tiny")
+    cluster: ClusterConfig = knob(ClusterConfig, "train: Ray")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_dir", resolve_path(self.output_dir or "outputs"))
-        for name in ("rounds", "threads"):
+        for name in ("rounds", "threads", "steps", "data_workers"):
             at_least(name, getattr(self, name), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +61,7 @@ class TrainDataConfig:
     train_split: str = knob("train", "split to train on")
     val_split: str = knob("val", "split to validate on")
     weights: Any = knob(None, "sampling weights of sub-datasets, [cast_filtered=0.4,atomic_stop=0.1]; null: by size")
-    num_workers: int = knob(1, "Ray tasks that decode and tokenise, per training worker")
+    num_workers: int = knob(1, "Ray actors that decode and tokenise, per training worker")
     window: int = knob(16, "row groups that are shuffled together; more mix better and need more memory")
 
     def __post_init__(self) -> None:
@@ -69,22 +70,24 @@ class TrainDataConfig:
         for name in ("num_workers", "window"):
             at_least(f"data.{name}", getattr(self, name), 1)
         if self.weights is not None:
-            object.__setattr__(self, "weights", parse_weights(self.weights))
+            object.__setattr__(self, "weights", parse_weights(self.weights) or None)
 
 
 def parse_weights(given: Any) -> dict[str, float]:
     """`[name=0.4,...]` or a mapping. ConfigError if a weight is no positive number."""
-    pairs = given.items() if hasattr(given, "items") else (str(entry).partition("=")[::2] for entry in given)
+    entries = [given] if isinstance(given, (str, int, float)) else given
+    pairs = given.items() if hasattr(given, "items") else (str(entry).partition("=")[::2] for entry in entries)
     weights = {}
     for name, value in pairs:
         try:
-            weights[str(name).strip()] = float(value)
+            weight = float(value)
         except ValueError:
-            weights[str(name)] = 0.0
-        if not weights[str(name).strip()] > 0:
+            weight = 0.0
+        if not 0 < weight < math.inf:
             raise ConfigError(
                 f"data.weights: {name}={value!r} is no positive number; write data.weights=[one=0.4,other=0.1]."
             )
+        weights[str(name).strip()] = weight
     return weights
 
 
@@ -99,8 +102,7 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         for name in ("mirror", "brightness", "contrast", "shift"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"augment.{name}={getattr(self, name):g} must lie between 0 and 1.")
+            _within(f"augment.{name}", getattr(self, name), 0, 1)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         at_least("lora.rank", self.rank, 1)
         at_least("lora.alpha", self.alpha, 1)
-        at_least("lora.dropout", self.dropout, 0)
+        _within("lora.dropout", self.dropout, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -146,17 +148,36 @@ class TrainingConfig:
         for name in (*names, "eval_samples", "eval_decode", "max_steps"):
             at_least(f"training.{name}", getattr(self, name), 1)
         for name in ("num_epochs", "max_grad_norm", "eps"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"training.{name}={getattr(self, name):g} must be positive.")
-        for name in ("batch_size", "learning_rate"):
-            at_least(f"training.{name}", getattr(self, name), 0)
+        for name in ("batch_size", "learning_rate", "weight_decay", "seed"):
+            _within(f"training.{name}", getattr(self, name), 0)
+        for name in ("warmup_ratio", "min_learning_rate"):
+            _within(f"training.{name}", getattr(self, name), 0, 1)
         choose("training.precision", self.precision, ("auto", "float32", "bfloat16"))
         choose("training.loss_over", self.loss_over, ("vocabulary", "actions"))
-        parts = [self.freeze] if isinstance(self.freeze, str) else [str(p) for p in self.freeze or ()]
+        parts = [str(p) for p in ([self.freeze] if isinstance(self.freeze, (str, int)) else self.freeze or ())]
         for part in parts:
             choose("training.freeze", part, PARTS)
         object.__setattr__(self, "freeze", tuple(parts))
-        object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+        object.__setattr__(self, "betas", _betas(self.betas))
+
+
+def _within(setting: str, value: float, low: float, high: float = math.inf) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ConfigError(f"{setting}={value:g} must be {allowed}.")
+
+
+def _betas(given: Any) -> tuple[float, float]:
+    try:
+        first, second = (float(b) for b in given)
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"training.betas={given!r} are no two numbers; write training.betas=[0.9,0.999].") from e
+    for beta in (first, second):
+        if not 0 <= beta < 1:
+            raise ConfigError(f"training.betas=[{first:g},{second:g}]: both must be at least 0 and below 1.")
+    return first, second
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import ray
 from omegaconf import OmegaConf
 
-from vla_ray.cluster import Cluster, connect
 from vla_ray.config.train import TINY, TrainConfig
-from vla_ray.data.prepared import DOCUMENT, PreparedDataset
+from vla_ray.data.prepared import DOCUMENT, PreparedDataset, samples
 from vla_ray.errors import ConfigError, RunError, VlaRayError
 from vla_ray.models.paligemma.actions import ActionTokenizer
 from vla_ray.pipelines.stopping import Stopped, resume_command, sigterm_stops
@@ -54,8 +52,22 @@ def train(config: TrainConfig) -> int:
     if config.data.path is None:
         raise ConfigError("data.path is empty; give a prepared dataset (python jobs/prepare_cast.py makes one).")
     dataset = PreparedDataset.open(config.data.path)
-    tokenizer = fit_tokenizer(config.action, dataset, config.data.train_split)
+    known = _learnt_tokenizer(config)
+    tokenizer = fit_tokenizer(config.action, dataset, config.data.train_split, config.augment.mirror > 0, known)
     return _Training(config, dataset, tokenizer).execute()
+
+
+def _learnt_tokenizer(config: TrainConfig) -> ActionTokenizer | None:
+    """Of the checkpoint that training starts from, if it is one: its tokens must not change their meaning."""
+    directory = Path(config.model.name)
+    if not (directory / "tokenizers.pt").is_file():
+        return None
+    from vla_ray.models.paligemma.tokenizer_file import load_tokenizer
+
+    location = Location.of(directory) / "tokenizers.pt"
+    tokenizer = load_tokenizer(location, num_bins=config.action.vocab_size, num_steps=config.action.num_steps)
+    logger.info("action tokens as %s has learnt them", directory)
+    return tokenizer
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -64,8 +76,10 @@ def check_settings(config: TrainConfig) -> None:
     Raises:
         VlaRayError: output_dir, model.name, workers or model.device cannot be used.
     """
-    import torch  # takes seconds, as the next do; a refusal of a dataset should not
+    import ray  # takes seconds, as the next do; a refusal of a dataset should not
+    import torch
 
+    from vla_ray.cluster import Cluster
     from vla_ray.models.paligemma.processing import Processor
     from vla_ray.training.base import prepare_base
     from vla_ray.training.trainer import share_out
@@ -79,17 +93,24 @@ def check_settings(config: TrainConfig) -> None:
     if address == "local" and not ray.is_initialized():
         cpus = config.cluster.num_cpus or os.cpu_count() or 1
         expected = Cluster(True, cpus, torch.cuda.device_count(), memory_bytes=0, largest_node_cpus=cpus)
-        share_out(expected, config.workers, config.data.num_workers, config.model.device)
+        share_out(expected, config.workers, config.data.num_workers, _device(config, expected.num_gpus))
+
+
+def _device(config: TrainConfig, gpus: float) -> str:
+    """`auto` never trains a large model on CPUs because a GPU too few is there: that is refused. The tiny one may."""
+    if config.model.device == "auto" and gpus and config.model.name != TINY:
+        return "cuda"
+    return config.model.device
 
 
 def _output(config: TrainConfig) -> Location:
-    location = Location.of(config.output_dir)
-    if not location.is_local:
+    scheme, separator, _ = config.output_dir.partition("://")
+    if separator and scheme.lower() != "file":  # no store is asked: it could not be used anyway
         raise ConfigError(
             f"output_dir={config.output_dir}: checkpoints are written to a disk that all workers see, not to "
-            f"{location.scheme}://. Give a path."
+            f"{scheme}://. Give a path."
         )
-    return location
+    return Location.of(config.output_dir)
 
 
 @dataclass(slots=True)
@@ -116,6 +137,7 @@ class _Training:
         where = str(files.initial) if is_tiny else self.config.model.name
         spec = TrainSpec(self.config, str(files.directory), where, self.dataset, self.tokenizer)
         steps = spec.steps()
+        steps.addresses(0, 0)  # weights that name nothing
         choose_samples(self.dataset, self.config.data.val_split, 1)
         if self.config.dry_run:
             with TemporaryDirectory() as scratch:
@@ -133,6 +155,9 @@ class _Training:
             logger.info(
                 "%s: %d steps of %d samples, %d of %d done", run.location, total, steps.global_batch, log.step, total
             )
+            if not self.config.run:
+                logger.info("should it be interrupted: %s", resume_command({"run": run.location.name}))
+            self._report_data()
             try:
                 self._train(spec, run, log)
             except KeyboardInterrupt as e:
@@ -156,6 +181,27 @@ class _Training:
         sys.stdout.write(log.conclusion())
         return 0
 
+    def _report_data(self) -> None:
+        """What the action tokens lose, and what is odd about the data."""
+        data, dataset, tokenizer = self.config.data, self.dataset, self.tokenizer
+        first = next(file for file in dataset.files if file.split == data.train_split)
+        trip = tokenizer.round_trip([s.actions for s in samples(dataset.read_group(first, 0))])
+        (x0, y0), (x1, y1) = tokenizer.limits()
+        clipped = tokenizer.clip_rate(dataset.statistics[data.train_split])
+        logger.info(
+            "%d bins for x %.2f to %.2f, y %.2f to %.2f units: %.2f %% and %.2f %% lie outside, RMSE %.4f",
+            *(tokenizer.num_bins, x0, x1, y0, y1, *(100 * clipped), trip.rmse),
+        )
+        if data.weights:
+            left_out = sorted({f.dataset for f in dataset.files if f.split == data.train_split} - set(data.weights))
+            if left_out:
+                logger.warning("data.weights leaves out %s", ", ".join(left_out))
+        if data.val_split == data.train_split:
+            logger.warning("validating on what is trained on: data.val_split=%s", data.val_split)
+        shared = dataset.document["recordings"].get("shared")
+        if shared:
+            logger.warning("%s recordings are in more than one split; split_by=recording separates them", shared)
+
     def _open(self) -> RunDirectory:
         config = self.config
         run = RunDirectory.open(
@@ -175,6 +221,9 @@ class _Training:
 
     def _train(self, spec: TrainSpec, run: RunDirectory, log: RunLog) -> None:
         """On Ray, in a thread of its own: in the main one Ray Train would take over the signals."""
+        import ray
+
+        from vla_ray.cluster import connect
         from vla_ray.training.trainer import fit, share_out, stop
 
         config = self.config
@@ -186,7 +235,13 @@ class _Training:
                 connect(config.cluster) as cluster,
                 make_tracker(config.wandb, run.location.name, identity, settings, Path(spec.directory)) as tracker,
             ):
-                shares = share_out(cluster, config.workers, config.data.num_workers, config.model.device)
+                shares = share_out(cluster, config.workers, config.data.num_workers, _device(config, cluster.num_gpus))
+                if cluster.num_gpus and config.model.device == "auto" and not shares.gpu:
+                    logger.warning(
+                        "training on CPUs: each of workers=%d needs a GPU, there are %g",
+                        config.workers,
+                        cluster.num_gpus,
+                    )
                 thread = ThreadPoolExecutor(1, thread_name_prefix="fit")
                 fitting = thread.submit(fit, spec, shares)
                 thread.shutdown(wait=False)

@@ -29,8 +29,9 @@ def build_document(records: Sequence[ShardRecord], source: str, options: ReadOpt
     files = []
     for record in records:
         for file in record.files:
-            by_dataset[file.dataset, file.split].merge(file.statistics)
-            by_split[file.split].merge(file.statistics)
+            statistics = ActionStatistics.from_dict(file.statistics)
+            by_dataset[file.dataset, file.split].merge(statistics)
+            by_split[file.split].merge(statistics)
             samples[file.dataset][file.split] += file.rows
             for recording in file.recordings:
                 splits_of[recording].add(file.split)

@@ -43,6 +43,7 @@ class WrittenFile:
         bytes: its size.
         digest: of the samples in it, however they are encoded.
         recordings: all that its samples come from.
+        statistics: ActionStatistics.to_dict() of its actions: as an object it is 200 kB, and the driver keeps all.
     """
 
     path: str
@@ -52,7 +53,7 @@ class WrittenFile:
     bytes: int
     digest: str
     recordings: tuple[str, ...]
-    statistics: ActionStatistics
+    statistics: Mapping[str, Any]
 
     @property
     def rows(self) -> int:
@@ -69,12 +70,11 @@ class ShardRecord:
     files: tuple[WrittenFile, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        files = [{**_shallow(file), "statistics": file.statistics.to_dict()} for file in self.files]
         return {
             "shard": self.shard.to_dict(),
             "options": self.options,
             "tally": self.tally.to_dict(),
-            "files": files,
+            "files": [_shallow(file) for file in self.files],
         }
 
     @staticmethod
@@ -85,7 +85,6 @@ class ShardRecord:
                     **file,
                     "row_groups": tuple(file["row_groups"]),
                     "recordings": tuple(file["recordings"]),
-                    "statistics": ActionStatistics.from_dict(file["statistics"]),
                 }
             )
             for file in values["files"]
@@ -100,6 +99,8 @@ class ShardRecord:
         values = read_json(record_location(directory, shard))
         try:
             record = None if values is None else ShardRecord.from_dict(values)
+            for file in record.files if record else ():
+                ActionStatistics.from_dict(file.statistics)
         except (KeyError, TypeError, ValueError):  # of another version: the shard is done again
             return None
         if record is None or record.options != options or record.shard.identity != shard.identity:
@@ -206,7 +207,7 @@ class _File:
             self.bytes,
             self._digest.hexdigest(),
             tuple(sorted(self._recordings)),
-            self._statistics,
+            self._statistics.to_dict(),
         )
 
 
@@ -218,7 +219,8 @@ def _path(sample: Sample, shard: Shard) -> str:
                 f"{shard.path}: {what}={name!r} of {sample.sample_id} cannot name a file. "
                 "Use letters, digits, '.', '_' and '-', not starting with '.'."
             )
-    other = "" if sample.dataset == shard.dataset else f".{sample.dataset}"  # a table may hold several sub-datasets
+    # A table may hold several sub-datasets. No shard's name holds an @, so no other shard has this path.
+    other = "" if sample.dataset == shard.dataset else f"@{sample.dataset}"
     return f"samples/{sample.split}/{shard.name}{other}.parquet"
 
 

@@ -12,11 +12,23 @@ from numpy.typing import NDArray
 
 from vla_ray.config.train import AugmentConfig
 
-_SIDES = {"left": "right", "right": "left", "leftmost": "rightmost", "rightmost": "leftmost"}
-_SIDES |= {"clockwise": "counterclockwise", "counterclockwise": "clockwise", "anticlockwise": "clockwise"}
-_SIDES |= {"leftward": "rightward", "rightward": "leftward", "leftwards": "rightwards", "rightwards": "leftwards"}
-_SIDES |= {"lefthand": "righthand", "righthand": "lefthand"}
-_WORD = re.compile(r"[A-Za-z]+")
+_PAIRS: tuple[str, ...] = (
+    "left right",
+    "leftmost rightmost",
+    "leftward rightward",
+    "leftwards rightwards",
+    "lefthand righthand",
+)
+_PAIRS += ("leftside rightside", "topleft topright", "clockwise counterclockwise")
+_SIDES = {a: b for pair in _PAIRS for a, b in (pair.split(), pair.split()[::-1])}
+# What is no side stays: "stop right before the door", "the chair right next to you"; but "turn right behind the chair".
+_NO_SIDE = (
+    r"\b(?:stop|wait|stay|stand|halt|park)\w* right(?= (?:before|after|at|by|next|in|behind|beside|here|there)\b)"
+    r"|(?<!turn )(?<!go )(?<!bear )(?<!keep )(?<!move )(?<!adjust )"
+    r"\bright (?:away|now|here|there|next to|in front|beside)\b"
+)
+_TURNING = r"\b(?:counter|anti)[- ]?clockwise\b"
+_TEXT = re.compile(rf"(?P<kept>{_NO_SIDE})|(?P<turning>{_TURNING})|[A-Za-z]+", re.IGNORECASE)
 
 
 def augment(
@@ -47,12 +59,12 @@ def swap_sides(text: str) -> str:
 
     def swap(match: re.Match[str]) -> str:
         word = match[0]
-        other = _SIDES.get(word.lower(), word)
-        if other == word:
+        other = "clockwise" if match["turning"] else None if match["kept"] else _SIDES.get(word.lower())
+        if other is None:
             return word
-        return other.upper() if word.isupper() and len(word) > 1 else other.title() if word[0].isupper() else other
+        return other.upper() if word.isupper() else other.title() if word[0].isupper() else other
 
-    return _WORD.sub(swap, text)
+    return _TEXT.sub(swap, text)
 
 
 def _shift(rgb: NDArray[np.uint8], dx: int, dy: int) -> NDArray[np.uint8]:

@@ -19,7 +19,7 @@ from vla_ray.models.paligemma.cost import (
 )
 from vla_ray.models.paligemma.pretrained import RELEASED, check_architecture, find_model
 from vla_ray.training.checkpoints import RunFiles
-from vla_ray.training.spec import TrainSpec
+from vla_ray.training.spec import TrainSpec, halves_base
 
 
 def prepare_base(config: TrainConfig, files: RunFiles) -> Path:
@@ -60,7 +60,7 @@ def report_plan(spec: TrainSpec) -> str:
     if model is not None:
         counts = count_parameters(model)
         trained = lora_parameters(model, rank) if rank else counts.total - counts.of(t.freeze)
-        memory = training_bytes(model, t.freeze, rank, frozen_bytes=2 if rank else 4)
+        memory = training_bytes(model, t.freeze, rank, frozen_bytes=2 if halves_base(config) else 4)
         if config.parallel == "fsdp":
             memory //= config.workers
         tokens = (model.vision_config.image_size // model.vision_config.patch_size) ** 2 + _TEXT_TOKENS

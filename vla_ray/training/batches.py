@@ -1,7 +1,7 @@
 """From addresses of samples to what a model eats: read, decode, augment, tokenise, collate. No torch, no Ray.
 
 Runs in data workers, off the training process. The same addresses give the same batch, bit for bit, in whichever
-process and however often: everything random is a function of (seed, epoch, sample).
+process and however often: everything random is a function of (seed, visit, sample).
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ class BatchMaker:
 
     def _collate(self, step: int, addresses: NDArray[np.int64], samples: list[Sample]) -> MicroBatch:
         pictures, texts, actions = [], [], []
-        for (_, _, epoch), sample in zip(addresses.tolist(), samples, strict=True):
+        for (_, _, visit), sample in zip(addresses.tolist(), samples, strict=True):
             rgb = self.processor.resize(decode_rgb(sample.image, sample.sample_id))
             text, action = sample.instruction, sample.actions
             if self.augmentation is not None:
-                generator = self._generator(sample, epoch)
+                generator = self._generator(sample, visit)
                 text = sample.instructions[int(generator.integers(len(sample.instructions)))]
                 # At the model's size: fewer pixels to change.
                 rgb, text, action = augment(rgb, text, action, self.augmentation, generator)
@@ -116,9 +116,9 @@ class BatchMaker:
             actions.append(action)
         return self._build(step, pictures, texts, actions, samples)
 
-    def _generator(self, sample: Sample, epoch: int) -> np.random.Generator:
+    def _generator(self, sample: Sample, visit: int) -> np.random.Generator:
         name = hashlib.blake2b(sample.sample_id.encode(), digest_size=8).digest()
-        return np.random.default_rng((self.seed, epoch, int.from_bytes(name)))
+        return np.random.default_rng((self.seed, visit, int.from_bytes(name)))
 
     def _build(
         self,

@@ -8,6 +8,7 @@ also holds `training_state.pt`, with which training goes on exactly where it was
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -35,13 +36,21 @@ class RunFiles:
         self.log, self.examples = directory / "logs" / "train.jsonl", directory / "logs" / "examples.jsonl"
 
     def recover(self) -> None:
-        """After a crash: between two renames the older directory is still whole; what is left over goes."""
+        """After a crash: between two renames the older directory is still whole; what is left over goes.
+
+        Raises:
+            CheckpointError: see `load_state`.
+        """
         for final in (self.last, self.best):
             old = _old(final)
             if not final.exists() and old.exists():
                 old.rename(final)
             for leftover in (old, _new(final)):
                 shutil.rmtree(leftover, ignore_errors=True)
+        if self.last.exists():
+            state = self.load_state()
+            if state["best"] and state["best"]["step"] == state["step"]:
+                self.copy_last_to_best()  # the death may have come just before
 
     def save_last(self, write_model: Callable[[Path], None], state: Mapping[str, Any]) -> None:
         """Replace `last/`. `write_model` fills the directory that it is given."""
@@ -105,7 +114,7 @@ class RunFiles:
                 write(new)
             except (RuntimeError, SafetensorError) as e:  # how torch and safetensors say that the disk is full
                 shutil.rmtree(new, ignore_errors=True)
-                raise OSError(" ".join(str(e).split())[:200]) from e
+                raise OSError(f"the disk may be full ({' '.join(str(e).split())[:160]})") from e
             for file in _files(new):
                 file.chmod(0o644)  # safetensors writes 0600, which would hide results from colleagues
                 _sync(file)
@@ -122,7 +131,12 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
     with storage_errors("write", Location.of(path)):
         make_directory(path.parent)
         with path.open("a") as file:  # one write call: a reader sees whole lines
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(_finite(line)) + "\n")
+
+
+def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
+    """NaN is no JSON: what is unknown is null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
 
 
 def _step(line: str) -> float:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from vla_ray.errors import ConfigError, nearest
 
+_VISITS = 1 << 20  # more epochs than anyone trains
+
 
 class Group(NamedTuple):
     """A row group: the number of its file, its number in there, how many rows it has, whose it is."""
@@ -30,7 +32,8 @@ class Group(NamedTuple):
 class SampleOrder:
     """The endless sequence of samples of a run, epoch after epoch.
 
-    A *position* counts samples from the start of training; an *address* is (group, row, epoch).
+    A *position* counts samples from the start of training; an *address* is (group, row, visit). The visit is the epoch,
+    and another number each time that a sample comes again within one: each visit is augmented in its own way.
     """
 
     groups: tuple[Group, ...]
@@ -56,23 +59,24 @@ class SampleOrder:
         """Addresses [samples, 3] of an epoch. Without weights each sample comes once."""
         if self.weights is None:
             order = self._shuffled(range(len(self.groups)), self._generator(epoch))
-            return self._with_epoch(order, epoch)
+            return self._with_visit(order, epoch)
         names = sorted(self.weights)
         share = np.array([self.weights[n] for n in names]) / sum(self.weights.values())
         turns = self._generator(epoch, 1).choice(len(names), self.samples, p=share)
-        order = np.empty((self.samples, 2), np.int64)
+        order = np.empty((self.samples, 3), np.int64)
         for number, name in enumerate(names):
             taken = turns == number
-            order[taken] = self._stream(name, int(taken.sum()), self._generator(epoch, 2, number))
-        return self._with_epoch(order, epoch)
+            order[taken] = self._stream(name, int(taken.sum()), epoch, self._generator(epoch, 2, number))
+        return order
 
-    def _stream(self, dataset: str, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    def _stream(self, dataset: str, count: int, epoch: int, generator: np.random.Generator) -> NDArray[np.int64]:
         """`count` samples of one sub-dataset, which starts over, in another order, when it is used up."""
         mine = [i for i, g in enumerate(self.groups) if g.dataset == dataset]
-        parts: list[NDArray[np.int64]] = []
+        parts = [np.empty((0, 3), np.int64)]
         while sum(map(len, parts)) < count:
-            parts.append(self._shuffled(mine, generator))
-        return np.concatenate([np.empty((0, 2), np.int64), *parts])[:count]
+            visit = epoch + (len(parts) - 1) * _VISITS
+            parts.append(self._with_visit(self._shuffled(mine, generator), visit))
+        return np.concatenate(parts)[:count]
 
     def _shuffled(self, groups: Sequence[int], generator: np.random.Generator) -> NDArray[np.int64]:
         """(group, row) of all rows of some groups."""
@@ -90,8 +94,8 @@ class SampleOrder:
         return np.random.default_rng((self.seed, *key))
 
     @staticmethod
-    def _with_epoch(order: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        return np.concatenate([order, np.full((len(order), 1), epoch)], 1)
+    def _with_visit(order: NDArray[np.int64], visit: int) -> NDArray[np.int64]:
+        return np.concatenate([order, np.full((len(order), 1), visit)], 1)
 
 
 class Steps:

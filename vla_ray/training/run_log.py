@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ class RunLog:
             lines += [
                 f"  best       step {best['step']}: loss {best['loss']:.3f}, tokens {best['token_accuracy']:.1%} right",
                 f"  ADE / FDE  {best['ade']:.2f} / {best['fde']:.2f} units"
-                + (f", {best['ade_m']:.2f} / {best['fde_m']:.2f} m" if not math.isnan(best["ade_m"]) else "")
+                + (f", {best['ade_m']:.2f} / {best['fde_m']:.2f} m" if best["ade_m"] is not None else "")
                 + f"; standing still {best['ade_still']:.2f}, straight on {best['ade_straight']:.2f} units",
                 f"  language   ADE {best['ade_permuted']:.2f} with the instructions of others: "
                 f"{best['language_use']:.0%} of that error is avoided by listening",

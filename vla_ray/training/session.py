@@ -24,7 +24,7 @@ from vla_ray.training.checkpoints import RunFiles
 from vla_ray.training.loop import Loop, is_better, state_of
 from vla_ray.training.order import Steps
 from vla_ray.training.parallel import Workers
-from vla_ray.training.spec import TrainSpec
+from vla_ray.training.spec import TrainSpec, halves_base
 from vla_ray.training.validation import choose_samples, validate, validation_set
 
 Stream: TypeAlias = Callable[[BatchMaker, Steps, int, int], Iterator[MicroBatch]]
@@ -51,6 +51,10 @@ def run_worker(spec: TrainSpec, workers: Workers, stream: Stream) -> None:
         files.recover()
     workers.barrier()
     state = files.load_state() if files.last.exists() else None
+    if state:
+        tokenizer_file.load_tokenizer(
+            Location.of(files.last) / tokenizer_file.NAME, fingerprint=spec.tokenizer.fingerprint
+        )
     source = files.last if state else Path(spec.base)
     torch.manual_seed(config.training.seed)  # of adapters' first weights; the same on all workers
     policy = load_policy(spec, source, workers)
@@ -74,19 +78,20 @@ def run_worker(spec: TrainSpec, workers: Workers, stream: Stream) -> None:
 def load_policy(spec: TrainSpec, source: Path, workers: Workers) -> ActionPolicy:
     """The policy of a directory, with what learns in it set to learn."""
     config = spec.config
-    # Frozen weights under adapters need no float32 master; FSDP cannot mix dtypes in a unit.
-    halved = config.lora.enabled and workers.bfloat16 and workers.kind != "fsdp"
     policy = ActionPolicy.from_pretrained(
         source,
         spec.tokenizer,
-        dtype=torch.bfloat16 if halved else torch.float32,
+        dtype=torch.bfloat16 if workers.bfloat16 and halves_base(config) else torch.float32,
         loss_over=config.training.loss_over,
-        base=spec.base,  # adapters in last/ know it too, but runs get moved
+        base=_base_of(spec, source),
     )
     if not config.lora.enabled:
+        policy.model = lora.merged(policy.model)
         policy.requires_grad_(True)
         policy.freeze(config.training.freeze)
-    elif not lora.has_adapters(policy.model):
+    elif lora.has_adapters(policy.model):
+        lora.check_rank(policy.model, config.lora.rank)
+    else:
         torch.manual_seed(config.training.seed)  # the same adapters on all workers
         lora.add_adapters(policy.model, config.lora.rank, config.lora.alpha, config.lora.dropout)
     if config.training.activation_checkpointing:
@@ -94,10 +99,16 @@ def load_policy(spec: TrainSpec, source: Path, workers: Workers) -> ActionPolicy
     return policy
 
 
+def _base_of(spec: TrainSpec, source: Path) -> str | None:
+    """Where the base of adapters is. Those of this run know it too, but runs get moved."""
+    own = source != Path(spec.base) and (Path(spec.base) / "config.json").is_file()
+    return spec.base if own else None
+
+
 def merge_best(spec: TrainSpec) -> None:
     """Write `merged/`: `best_model/` with its adapters folded into the weights. Takes memory for two models."""
     files = RunFiles(Path(spec.directory))
-    policy = ActionPolicy.from_pretrained(files.best, spec.tokenizer, base=spec.base)
+    policy = ActionPolicy.from_pretrained(files.best, spec.tokenizer, base=_base_of(spec, files.best))
 
     def write(directory: Path) -> None:
         policy.save_merged(directory)

@@ -47,6 +47,12 @@ class TrainSpec:
         return t.max_steps or steps.total(t.num_epochs)
 
 
+def halves_base(config: TrainConfig) -> bool:
+    """Whether, where bfloat16 is computed in, frozen weights lie in it too: under adapters they need no float32 master.
+    FSDP cannot mix dtypes in a unit."""
+    return config.lora.enabled and config.training.precision != "float32" and config.parallel != "fsdp"
+
+
 def groups_of(dataset: PreparedDataset, split: str) -> tuple[Group, ...]:
     return tuple(
         Group(number, index, rows, file.dataset)
@@ -56,8 +62,18 @@ def groups_of(dataset: PreparedDataset, split: str) -> tuple[Group, ...]:
     )
 
 
-def fit_tokenizer(action: ActionConfig, dataset: PreparedDataset, split: str) -> ActionTokenizer:
+def fit_tokenizer(
+    action: ActionConfig,
+    dataset: PreparedDataset,
+    split: str,
+    mirrored: bool = False,
+    known: ActionTokenizer | None = None,
+) -> ActionTokenizer:
     """The action tokenizer for the actions of a split.
+
+    Args:
+        mirrored: training will also see the actions with y negated.
+        known: what the model that training starts from has learnt; its tokens keep their meaning.
 
     Raises:
         DataError: the split is empty, or its samples have another number of steps.
@@ -73,9 +89,16 @@ def fit_tokenizer(action: ActionConfig, dataset: PreparedDataset, split: str) ->
             f"{dataset.location} has actions of {dataset.horizon} steps, action.num_steps is {action.num_steps}. Set "
             f"action.num_steps={dataset.horizon}, or prepare it again with action.num_steps={action.num_steps}."
         )
-    statistics = dataset.statistics[split]
-    normalizer = ActionNormalizer.from_statistics(statistics, action.normalizer)
-    tokenizer = ActionTokenizer(action.vocab_size, action.num_steps, normalizer, action.action_bounds)
+    if dataset.document["options"]["padding"] == "keep":
+        raise DataError(
+            f"{dataset.location} was prepared with padding=keep: a policy would learn to stop where a recording ends. "
+            "Prepare it with padding=drop under another name."
+        )
+    statistics = dataset.statistics[split].with_mirror() if mirrored else dataset.statistics[split]
+    tokenizer = known
+    if tokenizer is None:
+        normalizer = ActionNormalizer.from_statistics(statistics, action.normalizer)
+        tokenizer = ActionTokenizer(action.vocab_size, action.num_steps, normalizer, action.action_bounds)
     clipped = tokenizer.clip_rate(statistics)
     if clipped.max() > action.max_clip_rate:
         low, high = tokenizer.limits()

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,14 +93,15 @@ def fit(spec: TrainSpec, shares: Shares) -> None:
             # Another name at each start: Ray would take up what it believes the state of an old one to be.
             name=f"{time.time_ns():x}",
             storage_path=str(scratch),
-            failure_config=FailureConfig(max_failures=config.max_failures + 1),  # one for a refusal, see _work
+            failure_config=FailureConfig(max_failures=config.max_failures + 1),  # the last only ends it, see _Deaths
+            callbacks=[_Deaths(spec)],  # type: ignore[list-item]  # as above
             logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]  # mypy reads Train v1
         ),
     )
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as e:
-        raise _reason(e, config.max_failures) from e
+        raise _reason([e], config.max_failures) from e
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if (refusal := read_json(_refusal(spec))) is not None:
@@ -114,6 +115,18 @@ class _QuietTrainer(TorchTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # as above
         return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+
+class _Deaths(ray.train.UserCallback):
+    """Counts them where Ray Train decides on another start, and refuses one too many: workers then return at once."""
+
+    def __init__(self, spec: TrainSpec) -> None:
+        self.spec, self.left = spec, spec.config.max_failures
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        if not self.left:
+            _refuse(self.spec, _reason([*worker_exceptions.values()], self.spec.config.max_failures))
+        self.left -= 1
 
 
 def _work(given: dict[str, Any]) -> None:
@@ -139,18 +152,23 @@ def _work(given: dict[str, Any]) -> None:
 
     try:
         run_worker(spec, workers, stream)
-    except VlaRayError as e:
-        _refuse(spec, e)
+    except Exception as e:
+        if (refused := _expected(e, spec)) is not None:
+            _refuse(spec, refused)
+        if _refusal(spec).exists():  # also another worker's, whose end broke a connection of ours
+            logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # no stack: the driver says it in a line
         raise
-    except torch.OutOfMemoryError as e:  # not in a step: while loading, validating or saving
-        reason = " ".join(str(e).split())[:120]
-        error = TrainingError(
-            f"out of memory beside the training steps, for the model or a validation ({reason}). Lower "
-            f"training.batch_size ({spec.config.training.batch_size}), set lora.enabled=true, or parallel=fsdp with "
-            "more workers."
+
+
+def _expected(error: Exception, spec: TrainSpec) -> VlaRayError | None:
+    """What of an error is for the user to put right."""
+    if isinstance(error, torch.OutOfMemoryError):  # not in a step, see loop.py: while loading, validating or saving
+        return TrainingError(
+            f"out of memory beside the training steps, for the model or a validation "
+            f"({' '.join(str(error).split())[:120]}). Lower training.batch_size ({spec.config.training.batch_size}), "
+            "set lora.enabled=true, or parallel=fsdp with more workers."
         )
-        _refuse(spec, error)
-        raise error from e
+    return error if isinstance(error, VlaRayError) else None
 
 
 def stop(spec: TrainSpec) -> None:
@@ -222,11 +240,12 @@ class _MakeBatches:
             yield pack_error(e)
 
 
-def _reason(failed: ray.train.TrainingFailedError, max_failures: int) -> VlaRayError:
+def _reason(causes: Sequence[Exception], max_failures: int) -> VlaRayError:
     """The first worker's reason in a line, or Ray's own."""
-    causes = list(getattr(failed, "worker_failures", {}).values()) or [failed]
     cause = causes[0]
-    for candidate in causes:  # an error of ours says more than the broken connections of the others
+    for candidate in (
+        getattr(c, "_base_exc", c) for c in causes
+    ):  # an error of ours says more than the broken connections of the others
         if isinstance(candidate, VlaRayError):
             return candidate
         if isinstance(candidate, ray.exceptions.OutOfMemoryError):

@@ -44,24 +44,26 @@ class ValidationSet:
 
 def choose_samples(dataset: PreparedDataset, split: str, count: int) -> list[Sample]:
     """`count` samples spread evenly over a split, in its order. DataError if it is empty."""
-    places = [
-        (number, group, row)
+    groups = [
+        (number, group, rows)
         for number, file in enumerate(dataset.files)
         if file.split == split
         for group, rows in enumerate(file.row_groups)
-        for row in range(rows)
     ]
-    if not places:
+    ends = np.cumsum([rows for _, _, rows in groups])
+    if not groups:
         known = dataset.splits
         raise DataError(
             f"{dataset.location} has no samples of the split {split!r}; it has {', '.join(known)}. Set data.val_split, "
             "or prepare it with split_by=recording."
         )
-    chosen = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, count).astype(int))]
+    chosen = np.unique(np.linspace(0, ends[-1] - 1, count).astype(int))
+    within = np.searchsorted(ends, chosen, side="right")
     found: list[Sample] = []
-    for number, group in dict.fromkeys((number, group) for number, group, _ in chosen):
-        rows = list(to_samples(dataset.read_group(dataset.files[number], group)))
-        found += [rows[row] for n, g, row in chosen if (n, g) == (number, group)]
+    for index in np.unique(within).tolist():
+        number, group, rows = groups[index]
+        mine = chosen[within == index] - (ends[index] - rows)
+        found += to_samples(dataset.read_group(dataset.files[number], group).take(mine))
     return found
 
 

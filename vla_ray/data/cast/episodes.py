@@ -9,14 +9,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vla_ray.data.cast.example import Values
 from vla_ray.data.cast.features import EPISODE_ID, FACTORS, FILE_PATH, IMAGE, LANGUAGE, STATE, Feature
-from vla_ray.data.cast.scales import source_of
+from vla_ray.data.cast.scales import drive_of, robot_of, source_of
 from vla_ray.errors import DataError
 
 KEYS = (IMAGE, STATE, LANGUAGE, FILE_PATH, EPISODE_ID, *FACTORS)
@@ -46,8 +45,13 @@ class Episode:
 
 
 def recording_of(path: str) -> str:
-    """`.../traj_003_chunk_0_start_0_end_17` -> `traj_003`, without the source: v1 and v2 hold the same."""
-    return _CHUNK.sub("", PurePosixPath(path).name)
+    """`.../lcbc_filtered_dataset_v2/traj_003_chunk_0_start_0_end_17` -> `traj_003`: v1 and v2 hold the same.
+
+    A known robot's directory stays before it, `recon/traj_003`, as robots' drives may have one name. No other one does:
+    versions and selections of one set lie in directories of many names.
+    """
+    name, source = _CHUNK.sub("", drive_of(path).name), robot_of(path)
+    return f"{source}/{name}" if source else name
 
 
 def read_episode(values: Mapping[str, Values], features: Mapping[str, Feature]) -> Episode:
@@ -90,9 +94,15 @@ def _instructions(language: Sequence[bytes], variants: int) -> list[tuple[str, .
 
 
 def distinct(texts: Iterable[str]) -> tuple[str, ...]:
-    """The different texts in their order, whitespace collapsed, empty ones left out."""
+    """The different texts in their order, whitespace collapsed, those without words left out."""
     collapsed = (" ".join(text.split()) for text in texts)
-    return tuple(dict.fromkeys(text for text in collapsed if text))
+    return tuple(dict.fromkeys(text for text in collapsed if has_words(text)))
+
+
+def has_words(text: str) -> bool:
+    """Whether anything is left where angle brackets count as white space, as they do for every policy: without them
+    `<image>` in a text could become a token of the model."""
+    return bool(text.replace("<", " ").replace(">", " ").strip())
 
 
 def text_of(values: Values | None) -> str:

@@ -6,6 +6,7 @@ one that `episode_metadata/file_path` names (sacson, recon, ...). Nothing is gue
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
@@ -24,11 +25,41 @@ KNOWN = {
     "sacson": 0.12,
 }
 _NONE = "(no file_path)"
+_PICTURES = (".jpg", ".jpeg", ".png")
+_FILES = (".npz", ".npy", ".pkl", ".pickle", ".h5", ".hdf5", ".bag", *_PICTURES)
+_CHUNKED = re.compile(r"_chunk_\d+")
+_SELECTION = re.compile(r"(_v\d+|_filtered|_counterfactual|_dataset|_processed)+$")
+
+
+def drive_of(file_path: str) -> PurePosixPath:
+    """The directory or file of one drive: `recon/traj_003` of `recon/traj_003/traj.npz` and `.../traj_003/12.jpg`.
+
+    A data file that is named by itself (`recon/jackal_2019-09-02.h5`) is the drive; a picture never is.
+    """
+    path = PurePosixPath(file_path)
+    if path.suffix.lower() not in _FILES:
+        return path
+    named = any(c.isdigit() for c in path.stem) and not path.stem.isdigit()
+    if path.suffix.lower() in _PICTURES or not named or _CHUNKED.search(path.parent.name):
+        return path.parent
+    return path.with_suffix("")
 
 
 def source_of(file_path: str) -> str:
     """`/data/gnm/recon/traj_003` -> `recon`."""
-    return PurePosixPath(file_path).parent.name
+    return drive_of(file_path).parent.name
+
+
+def robot_of(file_path: str) -> str:
+    """The source if it is a robot of KNOWN, in whatever version or selection (`recon_v2`, `recon_filtered`), or ''."""
+    source = _SELECTION.sub("", source_of(file_path))
+    return source if source in KNOWN else ""
+
+
+def group_of(recording: str) -> str:
+    """What a split keeps on one side: a recording without its robot, as other sub-datasets may not name that."""
+    robot, _, name = recording.partition("/")
+    return name if robot in KNOWN and name else recording
 
 
 def scale_for(source: str, options: ReadOptions) -> float | None:

@@ -69,6 +69,7 @@ class ReadOptions:
         horizon: steps of a sample's actions.
         every: every n-th step of an episode is a sample. Rows of a table are samples already.
         padding: samples whose horizon passes the episode's end; kept ones have zero deltas there and valid=False.
+            One without a single valid step is dropped in any case.
         crc: checksums of TFRecord files; `header` finds lost framing, `full` also a flipped bit in the data.
         split_by: `recording` regroups all sub-datasets alike, so that no recording lies in both train and val.
         val_share: of the recordings, for split_by=recording.
@@ -95,11 +96,11 @@ class ReadOptions:
             if source != KNOWN_SCALES and not (math.isfinite(metres) and metres > 0):
                 raise ConfigError(f"data.scale_m: {source}={metres:g} must be a number of metres > 0.")
 
-    def split_of(self, recording: str, split: str) -> str:
-        """train or val by the recording's hash, or the source's own split."""
+    def split_of(self, group: str, split: str) -> str:
+        """train or val by the hash of what must stay together (scales.group_of), or the source's own split."""
         if self.split_by == "source":
             return split
-        number = int.from_bytes(blake2b(recording.encode(), digest_size=8).digest(), "big")
+        number = int.from_bytes(blake2b(group.encode(), digest_size=8).digest(), "big")
         return "val" if number < self.val_share * 2**64 else "train"
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,7 +123,8 @@ class Tally:
     Attributes:
         episodes: records that were read; a row of a table counts as one.
         white: pictures that are placeholders (counterfactual frames after the branch point).
-        padding: windows that pass the end of their episode.
+        padding: windows that pass the end of their episode, or with padding=keep begin at it.
+        no_language: without an instruction that has words; angle brackets are none (the processor drops them).
         undecodable: pictures that cannot be read.
         corrupt: records that cannot be read, and one for whatever follows lost framing or a cut-off end.
         problems: the first messages, each naming shard and record.

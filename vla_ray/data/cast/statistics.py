@@ -66,6 +66,17 @@ class ActionStatistics:
         self._counts += other._counts
         self._min, self._max = np.minimum(self._min, other._min), np.maximum(self._max, other._max)
 
+    def with_mirror(self) -> ActionStatistics:
+        """Of the same deltas and their mirror images, y negated: what training with mirrored pictures sees."""
+        mirror = ActionStatistics()
+        mirror._count, mirror._counts, mirror._mean = self._count, self._counts.copy(), self._mean.copy()
+        mirror._squares, mirror._min, mirror._max = self._squares.copy(), self._min.copy(), self._max.copy()
+        mirror._counts[1] = self._counts[1, ::-1]
+        mirror._mean[1] *= -1
+        mirror._min[1], mirror._max[1] = -self._max[1], -self._min[1]
+        mirror.merge(self)
+        return mirror
+
     @property
     def count(self) -> int:
         """Number of deltas."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from vla_ray.data.cast.episodes import Episode
 from vla_ray.data.cast.sample import Sample
+from vla_ray.data.cast.scales import group_of
 from vla_ray.data.cast.shards import ReadOptions, Shard, Tally
 from vla_ray.data.images import decode_rgb
 from vla_ray.errors import ImageError
@@ -55,7 +56,7 @@ def samples_of(
         sample = Sample(
             sample_id=shard.sample_id(record, t),
             dataset=shard.dataset,
-            split=options.split_of(recording, shard.split),
+            split=options.split_of(group_of(recording), shard.split),
             recording=recording,
             t=t,
             image=episode.images[t],
@@ -72,7 +73,8 @@ def samples_of(
 def accept(sample: Sample, options: ReadOptions, tally: Tally) -> bool:
     """Whether a sample passes all filters, counted; the picture is decoded last, being the most work."""
     tally.steps += 1
-    if options.padding == "drop" and not sample.valid.all():
+    # A sample without any step of its own teaches nothing, whatever is kept.
+    if not (sample.valid.any() if options.padding == "keep" else sample.valid.all()):
         tally.padding += 1
     elif not sample.instructions:
         tally.no_language += 1

@@ -5,7 +5,7 @@ The text is fixed, so that sides of a comparison differ only in what is asked of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -82,12 +82,12 @@ def mid_config(tiny: SimLingoConfig) -> SimLingoConfig:
 SIZES: dict[str, Callable[[ModelConfig], tuple[SimLingo, Processor]]] = {"tiny": _tiny, "mid": _mid}
 
 
-def check_sizes(names: object) -> tuple[str, ...]:
+def check_sizes(names: object, known: Collection[str] = tuple(SIZES)) -> tuple[str, ...]:
     """Sizes by name, one or a list. ConfigError if one is unknown."""
     given = [names] if isinstance(names, str) else [str(n) for n in names]  # type: ignore[attr-defined]
     for name in given:
-        if name not in SIZES:
-            raise ConfigError(f"size={name!r} is unknown; known: {', '.join(SIZES)}.{nearest(name, SIZES)}")
+        if name not in known:
+            raise ConfigError(f"size={name!r} is unknown; known: {', '.join(known)}.{nearest(name, known)}")
     return tuple(dict.fromkeys(given))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -15,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import PaliGemmaForConditionalGeneration
 
-from vla_ray.errors import CheckpointError
+from vla_ray.errors import CheckpointError, ConfigError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -61,6 +62,16 @@ def load_adapters(model: PaliGemmaForConditionalGeneration, directory: Path) -> 
 
 def has_adapters(model: PaliGemmaForConditionalGeneration) -> bool:
     return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def check_rank(model: PaliGemmaForConditionalGeneration, rank: int) -> None:
+    """ConfigError if the model's adapters have another rank."""
+    configs: dict[str, Any] = model.peft_config
+    found = {config.r for config in configs.values()}
+    if found != {rank}:
+        raise ConfigError(
+            f"lora.rank={rank}, but the adapters to start from have rank {min(found)}. Set lora.rank={min(found)}."
+        )
 
 
 def merged(model: PaliGemmaForConditionalGeneration) -> PaliGemmaForConditionalGeneration:
