@@ -41,11 +41,11 @@ def process(repo: Path) -> Iterator[Callable[..., Ended]]:
     """Run a job by subprocess from the repository's root."""
     temp = Path(f"/tmp/ve{os.getpid()}")  # Ray's sockets need a short path
 
-    def run(job: str, *overrides: str) -> Ended:
+    def run(job: str, *overrides: str, seconds: int = JOB_SECONDS) -> Ended:
         environment = {**os.environ, "RAY_TMPDIR": str(temp), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, f"jobs/{job}.py", *overrides]
         done = subprocess.run(
-            command, cwd=repo, env=environment, capture_output=True, text=True, timeout=JOB_SECONDS, check=False
+            command, cwd=repo, env=environment, capture_output=True, text=True, timeout=seconds, check=False
         )
         return Ended(done.returncode, done.stdout, done.stderr)
 

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,10 @@ from vla_ray.models.paligemma.tokenizer_file import load_tokenizer
 from vla_ray.storage.files import Location
 from vla_ray.training.batches import BatchMaker, MicroBatch
 from vla_ray.training.checkpoints import RunFiles
+from vla_ray.training.loop import Loop
 from vla_ray.training.order import Steps
 from vla_ray.training.parallel import Workers
-from vla_ray.training.session import local_stream, merge_best, run_worker
+from vla_ray.training.session import load_policy, local_stream, merge_best, run_worker
 from vla_ray.training.spec import TrainSpec, fit_tokenizer
 from vla_ray.training.tensors import inputs
 from vla_ray.training.validation import choose_samples, permuted
@@ -449,3 +451,26 @@ def test_weights_are_positive_numbers() -> None:
     for wrong in (["a=inf"], ["a"], ["a=-1"], 3):
         with pytest.raises(ConfigError, match=r"data\.weights: .*is no positive number"):
             TrainDataConfig(weights=wrong)
+
+
+def test_bfloat16_learns_nearly_the_same_in_float32_weights(make_spec: Callable[..., TrainSpec]) -> None:
+    exact, coarse = make_spec("exact"), make_spec("coarse")
+    run(exact)
+    run_worker(coarse, Workers(bfloat16=True), local_stream())
+    losses = [[line["loss"] for line in log(spec, "train")] for spec in (exact, coarse)]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert {tensor.dtype for tensor in weights(coarse).values()} == {torch.float32}
+
+
+def test_mfu_is_work_over_what_the_device_could_do(make_spec: Callable[..., TrainSpec]) -> None:
+    spec = make_spec(max_steps=2, logging_steps=2)
+    policy = load_policy(spec, Path(spec.base), Workers())
+    loop = Loop(policy, spec.config.training, Workers(), 2, lambda tokens: 1e6 * tokens, peak_flops=1e9)
+    lines: list[dict[str, float]] = []
+    hooks = SimpleNamespace(log=lambda step, values: lines.append(values), validate=lambda s: None, save=lambda s: None)
+    steps = spec.steps()
+    maker = BatchMaker(spec.dataset, steps.order.groups, Processor.from_directory(spec.base), spec.tokenizer)
+    loop.run(local_stream()(maker, steps, 0, 2), hooks)
+    (line,) = lines
+    assert line["mfu"] == pytest.approx(line["tokens_per_s"] * 1e6 / 1e9)

@@ -21,6 +21,7 @@ class RunLog:
 
     def __init__(self, files: RunFiles) -> None:
         self.files = files
+        self._seen: dict[Path, tuple[int, int]] = {}
         self._told = {_key(path, line) for path in (files.log, files.examples) for line in _lines(path)}
 
     @property
@@ -62,6 +63,11 @@ class RunLog:
         return "\n".join(lines) + "\n"
 
     def _new(self, path: Path) -> Iterator[dict[str, Any]]:
+        """Lines that were not told. A log that has not changed is not read: this is asked twice a second."""
+        state = (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else (0, 0)
+        if self._seen.get(path) == state:
+            return
+        self._seen[path] = state
         for line in _lines(path):
             if _key(path, line) not in self._told:
                 self._told.add(_key(path, line))
