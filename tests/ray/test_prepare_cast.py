@@ -261,11 +261,38 @@ def test_no_samples_left_names_the_filters_and_frees_the_settings(tmp_path: Path
     assert PreparedDataset.open(str(directory)).horizon == 8
 
 
+@pytest.mark.parametrize("was_there", [True, False])
+def test_a_refused_source_leaves_nothing(
+    tmp_path: Path, golden: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, was_there: bool
+) -> None:
+    source, directory = tmp_path / "source", tmp_path / "d"
+    source.mkdir()
+    (source / "drives.jsonl").write_text(
+        '{"image_path": "a.png", "text": "go", "action": [[0, 0]], "scale_m": "abc"}\n'
+    )
+    if was_there:
+        directory.mkdir()
+    with pytest.raises(DataError, match=r"drives\.jsonl: row 0"):
+        prepare_cast(configure(source=str(source)))
+    assert directory.exists() == was_there
+    assert not was_there or not [p for p in directory.rglob("*") if p.is_file()]
+    assert prepare_cast(configure()) == 0, "other settings may be tried under the same name"
+
+    # What earlier runs have done stays.
+    before = times(directory)
+    (directory / "run.json").unlink()
+    with pytest.raises(DataError, match=r"drives\.jsonl: row 0"):
+        prepare_cast(configure(source=str(source)))
+    assert times(directory) == before
+    assert (directory / "config.yaml").exists()
+
+
 def test_recordings_are_kept_apart(tmp_path: Path, configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare_cast(configure(split_by="recording", val_share=0.4, padding="keep")) == 0
     held = document(tmp_path / "d")
-    assert sum(r["white"] for r in held["counts"]) == 48, "the second half of six counterfactual episodes"
-    assert sum(r["padding"] for r in held["counts"]) == 0
+    assert sum(r["white"] for r in held["counts"]) == 42, "the second half of six counterfactual episodes, but its end"
+    assert sum(r["padding"] for r in held["counts"]) == 12, "the last step of each episode"
+    assert sum(held["recordings"]["by_split"].values()) == 6, "of the same drives in both sub-datasets"
     assert held["recordings"]["shared"] == 0
     assert set(held["recordings"]["by_split"]) == {"train", "val"}
     assert "split again by recording" in capsys.readouterr().out

@@ -20,6 +20,7 @@ from vla_ray.data.cast.episodes import recording_of
 from vla_ray.data.cast.example import parse_example, serialise_example
 from vla_ray.data.cast.features import decode_fields, parse_features
 from vla_ray.data.cast.sample import Sample
+from vla_ray.data.cast.scales import group_of, source_of
 from vla_ray.data.cast.shards import ReadOptions, Shard, Tally
 from vla_ray.data.cast.source import find_shards, read_shard
 from vla_ray.data.cast.tfrecord import frame, read_records
@@ -121,9 +122,61 @@ def test_samples_of_the_published_layout(published: Path) -> None:
             assert sample.actions.shape == (8, 2)
             assert sample.actions.dtype == np.float32
             assert sample.valid.all()
-    assert {recording_of(f"/data/gnm/recon/traj_003{end}") for end in ("", "_chunk_0", "_chunk_12_start_3_end_9")} == {
-        "traj_003"
-    }
+    # Filtered and counterfactual sub-datasets hold the same recordings.
+    named = [{s.recording for s in read([shard])[0]} for shard in shards]
+    assert named[:2] == named[2:]
+    assert named[1] == {"recon/traj_005", "sacson/traj_004"}
+
+
+@pytest.mark.parametrize(
+    ("path", "recording", "source"),
+    [
+        ("/data/gnm/recon/traj_003", "recon/traj_003", "recon"),
+        ("/data/gnm/recon/traj_003_chunk_0", "recon/traj_003", "recon"),
+        ("/data/gnm/recon/traj_003_chunk_12_start_3_end_9", "recon/traj_003", "recon"),
+        ("/data/recon_v2/traj_003_chunk_1", "recon/traj_003", "recon_v2"),
+        ("/data/recon_filtered_v2/traj_003_chunk_1", "recon/traj_003", "recon_filtered_v2"),
+        ("/data/sacson/traj_003", "sacson/traj_003", "sacson"),
+        ("/data/go_stanford2/a", "go_stanford2/a", "go_stanford2"),
+        # One level deeper: the file is not the recording.
+        ("/data/recon/traj_003_chunk_0/traj.npz", "recon/traj_003", "recon"),
+        ("/data/recon/traj_003_chunk_0/part_2.npz", "recon/traj_003", "recon"),
+        ("/data/recon/traj_003/traj_data.pkl", "recon/traj_003", "recon"),
+        ("/data/recon/traj_003/17.JPG", "recon/traj_003", "recon"),
+        ("/data/recon/traj_003/frame_17.png", "recon/traj_003", "recon"),
+        # Unless it names itself.
+        ("/data/recon/jackal_2019-09-02.h5", "recon/jackal_2019-09-02", "recon"),
+        ("/data/sacson/Dec-06-2022.bag", "sacson/Dec-06-2022", "sacson"),
+        # Versions and selections of a set of all robots.
+        ("/x/lcbc_filtered_dataset/a.b_chunk_3", "a.b", "lcbc_filtered_dataset"),
+        ("/x/lcbc_filtered_dataset_v2/a.b_chunk_3", "a.b", "lcbc_filtered_dataset_v2"),
+        ("traj_003_chunk_0_start_0_end_17", "traj_003", ""),
+    ],
+)
+def test_recordings_are_named_by_their_paths(path: str, recording: str, source: str) -> None:
+    assert recording_of(path) == recording
+    assert source_of(path) == source
+
+
+def test_a_split_keeps_a_recording_together_however_it_is_named() -> None:
+    """A sub-dataset that does not name the robot still has it on the same side."""
+    assert {group_of(recording) for recording in ("recon/traj_003", "traj_003")} == {"traj_003"}
+    assert group_of("drives/7.png") == "drives/7.png"
+
+
+@pytest.mark.parametrize(
+    "path", [b"/x/lcbc_filtered_dataset/walk_1", b"/x/recon/walk_1", b"/x/recon_v2/walk_1/traj.npz"]
+)
+def test_the_side_of_an_episode_is_that_of_its_recording(tmp_path: Path, path: bytes) -> None:
+    def move(record: dict[str, Any]) -> None:
+        record["episode_metadata/file_path"] = [path]
+
+    options = replace(FULL, split_by="recording", val_share=0.5)
+    samples, _ = read(find_shards(str(older(tmp_path / "d/1.0.0", move))), options)
+    assert {s.split for s in samples} == {options.split_of("walk_1", "x")}
+    assert {options.split_of(f"{robot}/walk_1", "x") for robot in ("recon", "recon_v2")} != {
+        options.split_of("walk_1", "x")
+    }, "the robot in the hash would tear it apart"
 
 
 def test_white_frames_and_padding_are_dropped_and_counted(published: Path) -> None:
@@ -131,7 +184,7 @@ def test_white_frames_and_padding_are_dropped_and_counted(published: Path) -> No
     # 6 episodes of 16 steps, of which the last 8 are white.
     for options, samples, padding, white in (
         (FULL, 6 * 8, 6 * 8, 0),
-        (replace(FULL, padding="keep"), 6 * 8, 0, 6 * 8),
+        (replace(FULL, padding="keep"), 6 * 8, 6, 6 * 8 - 6),  # the last step has nothing but padding
         (replace(FULL, horizon=4), 6 * 8, 6 * 4, 6 * 4),
         (replace(FULL, horizon=4, every=3), 6 * 3, 6 * 2, 6),  # t = 0 3 6 | 9 white | 12 15 padding
         (replace(FULL, horizon=16), 0, 6 * 16, 0),
@@ -145,8 +198,8 @@ def test_white_frames_and_padding_are_dropped_and_counted(published: Path) -> No
     filtered = [shard for shard in find_shards(str(published)) if shard.dataset == "cast_filtered_dataset"]
     assert len(read(filtered)[0]) == 51
     kept, tally = read(filtered, replace(FULL, padding="keep"))
-    assert tally.samples == tally.steps == 99
-    assert sum(not s.valid.all() for s in kept) == 6 * 8
+    assert (tally.samples, tally.padding, tally.steps) == (99 - 6, 6, 99)
+    assert sum(not s.valid.all() for s in kept) == 6 * 8 - 6
     assert all(not s.actions[~s.valid].any() for s in kept)
 
 

@@ -34,10 +34,12 @@ from PIL import Image
 
 import datasets
 from vla_ray.data.cast import hub
+from vla_ray.data.cast.episodes import has_words
 from vla_ray.data.cast.sample import Sample
 from vla_ray.data.cast.shards import ReadOptions, Tally
 from vla_ray.data.cast.source import find_shards, read_shard
 from vla_ray.errors import DataError
+from vla_ray.models.paligemma.processing import sanitise
 from vla_ray.schema import SAMPLES
 from vla_ray.storage.location import Location
 
@@ -299,6 +301,100 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path, row: dict[str, Any] 
     one_line(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("scale_m", "abc"),
+        ("scale_m", -1),
+        ("scale_m", 0),
+        ("scale_m", float("nan")),
+        ("scale_m", float("inf")),
+        ("scale_m", 10**400),
+        ("scale_m", 1e-60),
+        ("t", "one"),
+        ("t", -1),
+        ("t", 0.5),
+        ("t", 2**31),
+        ("valid", 5),
+        ("valid", "yes, all"),
+        ("valid", [True] * 7 + ["no"]),
+        ("instructions", 5),
+        ("instructions", ["go", 5]),
+        ("text", {"en": "go"}),
+        ("dataset", ["a"]),
+        ("split", 0.5),
+        ("recording", {"a": 1}),
+        ("sample_id", [1]),
+        ("image_path", "a\0.png"),
+    ],
+)
+def test_a_cell_of_a_wrong_type_is_named(tmp_path: Path, column: str, value: Any) -> None:
+    directory = jsonl(tmp_path / "d", PLAIN, {**PLAIN, column: value})
+    with pytest.raises(DataError, match=rf"d/drives\.jsonl: row 1: {column} is .*; expected .*") as raised:
+        read(str(directory))
+    assert len(one_line(raised.value)) < 400
+
+
+def test_cells_that_say_the_same_in_another_way(tmp_path: Path) -> None:
+    numbers = {"t": 3.0, "valid": [1] * 8, "recording": 0, "scale_m": 1, "instructions": None, "sample_id": ""}
+    ((sample,), _) = read(str(jsonl(tmp_path / "d", {**PLAIN, **numbers})))
+    assert (sample.t, sample.recording, sample.scale_m, sample.valid.tolist()) == (3, "0", 1.0, [True] * 8)
+    assert sample.sample_id == "d/train/drives:00000/0003"
+
+
+def test_texts_and_numbers_that_nothing_can_hold(tmp_path: Path) -> None:
+    half = json.dumps({**PLAIN, "text": "go \ud800"})
+    found, tally = read(str(jsonl(tmp_path / "d", half, {**PLAIN, "text": "\U0001f600"})))
+    assert ([s.instruction for s in found], tally.corrupt) == (["\U0001f600"], 1)
+    with pytest.raises(DataError, match="actions are"):
+        read(str(jsonl(tmp_path / "e", {**PLAIN, "action": [10**400] * 16})))
+
+
+def test_instructions_without_words_are_none(tmp_path: Path) -> None:
+    """What is left of them is empty, and training would stop at the first one."""
+    rows = [{**PLAIN, "text": text} for text in ("<>", " < > ", "go", "<go>")]
+    variants = [{**PLAIN, "text": None, "instructions": given} for given in (["<>", "turn < left"], [">", " "], [])]
+    found, tally = read(str(jsonl(tmp_path / "d", *rows, *variants)))
+    assert [s.instructions for s in found] == [("go",), ("<go>",), ("turn < left",)]
+    assert all(sanitise(text) for s in found for text in s.instructions)
+    assert (tally.samples, tally.no_language) == (3, 4)
+    for text in ("", "<>", "< a", ">>", "\u3000<", "a"):
+        if has_words(text):
+            sanitise(text)
+        else:
+            with pytest.raises(DataError):
+                sanitise(text)
+
+
+@pytest.mark.parametrize("path", ["ABSOLUTE", "../7.png", "a/../../7.png", "file://ABSOLUTE", "s3://bucket/7.png"])
+@pytest.mark.parametrize("form", ["image_path", "image"])
+def test_tables_from_the_hub_name_no_pictures_elsewhere(tmp_path: Path, path: str, form: str) -> None:
+    absolute = str(tmp_path / "7.png")
+    Path(absolute).write_bytes(png(7))
+    path = path.replace("ABSOLUTE", absolute)
+    named = {"image_path": path} if form == "image_path" else {"image": {"bytes": None, "path": path}}
+    row = {"text": "go", "action": [0.5] * 16, **named}
+    directory = jsonl(tmp_path / "owner--name", row)
+    (directory / hub.COMPLETE).write_text(json.dumps({"repo_id": "owner/name", "revision": "0"}))
+    with pytest.raises(
+        DataError, match=rf"drives\.jsonl: row 0: {form} is '.*7\.png', which leaves .*owner--name"
+    ) as raised:
+        read(str(directory))
+    one_line(raised.value)
+    # Pictures below it are read, however their paths are written; a table of one's own may name any.
+    jsonl(directory, *({**PLAIN, "image_path": inside} for inside in ("./7.png", "a/../7.png", ".//7.png")))
+    assert read(str(directory))[1].samples == 3
+    if not path.startswith("s3"):
+        (tmp_path / "mine/a").mkdir(parents=True)
+        assert read(str(jsonl(tmp_path / "mine", row)))[1].samples == 1
+
+
+def test_samples_without_a_step_of_their_own_are_padding(tmp_path: Path) -> None:
+    rows = [{**PLAIN, "valid": [k < n for k in range(8)]} for n in (0, 1, 8)]
+    found, tally = read(str(jsonl(tmp_path / "d", *rows)), ReadOptions(padding="keep"))
+    assert ([int(s.valid.sum()) for s in found], tally.padding) == ([1, 8], 1)
+
+
 def test_damaged_tables(samples: list[Sample], tmp_path: Path) -> None:
     write_parquet([row(sample) for sample in samples], tmp_path)
     file = tmp_path / "part.parquet"
@@ -407,6 +503,11 @@ def test_shards_and_tables_stream_from_a_store(
     put(pack(published / "cast_filtered_dataset", tmp_path / "data.tar"), "packed/data.tar")
     with pytest.raises(DataError, match="must be on a local disk"):
         find_shards(f"{bucket}/packed")
+    put(
+        jsonl(tmp_path / "e", {**PLAIN, "image_path": str(tmp_path / "d/7.png")}) / "drives.jsonl", "other/drives.jsonl"
+    )
+    with pytest.raises(DataError, match=r"row 0: image_path is .*, which leaves s3://"):
+        read(f"{bucket}/other")
 
 
 # The hub -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -120,10 +121,10 @@ def test_a_shard_may_hold_several_splits_and_sub_datasets(tmp_path: Path) -> Non
     found = [sample(i, "val" if i % 3 == 0 else "train", dataset="paths" if i % 5 else "extra") for i in range(23)]
     (record,) = prepared(tmp_path, {TRAIN: found}, row_group=3)
     assert sorted(file.path for file in record.files) == [
-        "samples/train/paths-train-0.extra.parquet",
         "samples/train/paths-train-0.parquet",
-        "samples/val/paths-train-0.extra.parquet",
+        "samples/train/paths-train-0@extra.parquet",
         "samples/val/paths-train-0.parquet",
+        "samples/val/paths-train-0@extra.parquet",
     ]
     dataset = PreparedDataset.open(str(tmp_path))
     again = [
@@ -138,6 +139,25 @@ def test_a_shard_may_hold_several_splits_and_sub_datasets(tmp_path: Path) -> Non
     assert all(same(by_id[s.sample_id], s) for s in found)
     with pytest.raises(DataError, match=r"split='a/b' of paths/x cannot name a file"):
         prepared(tmp_path, {TRAIN: [sample(0, "a/b", sample_id="paths/x")]})
+
+
+def test_no_two_shards_write_one_file(tmp_path: Path) -> None:
+    """Their names may hold dots, as those of sub-datasets may."""
+    one, other = (dataclasses.replace(TRAIN, name=name) for name in ("train", "train.b"))
+    records = prepared(tmp_path, {one: [sample(0), sample(1, dataset="b")], other: [sample(2), sample(3, dataset="b")]})
+    paths = [file.path for record in records for file in record.files]
+    assert len(paths) == len(set(paths)) == 4
+    dataset = PreparedDataset.open(str(tmp_path))
+    assert {s.t for file in dataset.files for s in samples(dataset.read_group(file, 0))} == {0, 1, 2, 3}
+
+
+def test_records_are_small_for_a_driver_that_keeps_thousands(tmp_path: Path) -> None:
+    (record,) = prepared(tmp_path, {TRAIN: [sample(i) for i in range(10)]})
+    assert len(pickle.dumps(record)) < 10_000, "a histogram is 200 kB as an object"
+    damaged = record.to_dict()
+    damaged["files"][0]["statistics"]["grid"] = [1, 1]
+    (tmp_path / "shards/paths-train-0.json").write_text(json.dumps(damaged))
+    assert ShardRecord.read(Location.of(tmp_path), TRAIN, record.options) is None, "of another version"
 
 
 @pytest.mark.parametrize("after", [0, 3, 10])
@@ -218,6 +238,12 @@ def test_what_is_no_prepared_dataset(tmp_path: Path) -> None:
         DataError, match=r"not finished \(stopped\). Run this again: python jobs/prepare_cast.py name=n"
     ):
         PreparedDataset.open(str(tmp_path))
+    # A refused preparation takes run.json away and keeps the shards that it has done.
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(DataError, match=rf"its preparation failed.* source=\.\.\. name={tmp_path.name}"):
+        PreparedDataset.open(str(tmp_path))
     (tmp_path / "dataset.json").write_text('{"format": "something"}')
     with pytest.raises(DataError, match="was not written by this version"):
         PreparedDataset.open(str(tmp_path))
@@ -250,6 +276,8 @@ def test_scales() -> None:
     assert SourceDataConfig(scale_m=["sacson=0.12", "*=0.3"]).scales == (("sacson", 0.12), ("*", 0.3))
     assert [name for name, _ in SourceDataConfig(scale_m="known").scales] == ["known"]
     assert SourceDataConfig().scales == ()
+    (cache_dir,) = (f for f in dataclasses.fields(SourceDataConfig) if f.name == "cache_dir")
+    assert "archives are unpacked there" in str(cache_dir.metadata), "as find_shards(source, cache) does"
     with pytest.raises(ConfigError, match="val_share=2 is no share"):
         PrepareConfig(val_share=2)
     with pytest.raises(ConfigError, match="Did you mean"):

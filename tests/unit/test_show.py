@@ -182,6 +182,37 @@ def test_a_dataset_where_nothing_can_be_written(dataset: Path) -> None:
     assert "no contact sheet: Cannot write" in text
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CAST_dataset/cast_filtered_dataset/1.0.0/features.json",
+        "1.0.0/cast-train.tfrecord-00000-of-00001",
+        "cast_filtered_dataset.tar.gz",
+        "train.jsonl",
+    ],
+)
+def test_data_that_no_dataset_is_made_of_yet(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "raw" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"Make one of it: python jobs/prepare_cast.py source=.*/raw name=NAME"):
+        describe(str(tmp_path / "raw"))
+
+
+def test_tables_of_a_run_are_no_source(run: Path) -> None:
+    Ledger(Location.of(run)).load()
+    assert list((run / "metrics").glob("*.parquet"))
+    with pytest.raises(StorageError, match="no run directory"):
+        describe(str(run / "metrics"))
+
+
+def test_a_dataset_whose_preparation_failed(dataset: Path) -> None:
+    (dataset / "dataset.json").unlink()
+    (dataset / "config.yaml").write_text("")
+    with pytest.raises(DataError, match=r"its preparation failed.*jobs/prepare_cast.py source=\.\.\. name=corridors"):
+        describe(str(dataset))
+
+
 def test_an_unfinished_dataset(dataset: Path) -> None:
     (dataset / "dataset.json").unlink()
     settings = {"job": "prepare_cast", "source": "synthetic"}

@@ -139,10 +139,20 @@ def samples(table: pa.Table) -> Iterator[Sample]:
         yield Sample(**row)
 
 
+def has_failed(location: Location) -> bool:
+    """Whether a preparation was refused here after some shards were done: it takes run.json away and keeps these."""
+    return (location / "shards").is_dir() and (location / "config.yaml").exists()
+
+
 def _missing(location: Location) -> str:
     run = read_json(location / "run.json")
     if run is not None and run.get("settings", {}).get("job") == "prepare_cast":
         return f"the dataset {location} is not finished ({run['status']}). Run this again: {run['command']}"
+    if has_failed(location):
+        return (
+            f"the dataset {location} is not finished: its preparation failed. "
+            f"Run it again, with settings that work: python jobs/prepare_cast.py source=... name={location.name}"
+        )
     if not location.exists():
         return f"there is no dataset at {location}. Make one: python jobs/prepare_cast.py (--help lists what of)"
     return (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -118,6 +119,16 @@ class Preparation:
     def execute(self) -> int:
         """Do what is left, and return the exit code."""
         shards = self.shards  # whatever cannot be read is refused before anything is written
+        existed = self.location.exists()
+        try:
+            return self._drive(shards)
+        except DataError:
+            if not existed and self.location.is_local:
+                _remove_empty(self.location.local_path)
+            raise
+
+    def _drive(self, shards: Sequence[Shard]) -> int:
+        was_empty = not self.location.list()
         with Lease.acquire(self.location, command=shlex.join(["python", *sys.argv])) as lease:
             self.run.start({"manifest": self._manifest(), "shards": len(shards)})
             (self.location / DOCUMENT).delete()  # until it is true again
@@ -133,7 +144,7 @@ class Preparation:
                 raise
             except DataError:  # these settings cannot work: others must be free to try
                 self._end(lease, "failed", records)
-                self._release_settings(lease)
+                self._release_settings(lease, with_files=was_empty)
                 raise
             except VlaRayError as e:
                 self._end(lease, "failed", records)
@@ -208,7 +219,8 @@ class Preparation:
                 (self.location / "shards" / entry.name).delete()
         forget(self.location)
         if self.location.is_local:
-            for part in ("shards", *{path.rpartition("/")[0] for path in named}):
+            samples = (f"samples/{entry.name}" for entry in (self.location / "samples").list())
+            for part in ("shards", "attempts", *samples):
                 clean_temp(self.location / part)
             clean_temp(self.location)
 
@@ -242,11 +254,18 @@ class Preparation:
             samples = sum(record.tally.samples for record in records.values())
             self.run.update(status=status, counts={"shards": len(records), "samples": samples})
 
-    def _release_settings(self, lease: Lease) -> None:
-        """Forget the settings, not the shards: each of them knows under which options it was made."""
+    def _release_settings(self, lease: Lease, with_files: bool) -> None:
+        """Forget the settings, not the shards: each of them knows under which options it was made.
+
+        Args:
+            with_files: if no shard is done, delete all that this run has written.
+        """
         with suppress(VlaRayError):
             lease.check()
             (self.location / "run.json").delete()
+            if with_files and not any(entry.name.endswith(".json") for entry in (self.location / "shards").list()):
+                self._clean_up([])
+                (self.location / "config.yaml").delete()
 
     def _find(self) -> list[Shard]:
         if self.source.given == SYNTHETIC:
@@ -323,6 +342,13 @@ def _sizes(location: Location) -> dict[str, int]:
         if split.is_dir
         for entry in (samples / split.name).list()
     }
+
+
+def _remove_empty(directory: Path) -> None:
+    """Remove a directory and those below it, as far as they hold no files."""
+    for path, _, _ in os.walk(directory, topdown=False):
+        with suppress(OSError):
+            Path(path).rmdir()
 
 
 def _all_there(location: Location, files: Sequence[tuple[str, int]]) -> bool:

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from vla_ray.data.prepared import DOCUMENT
+from vla_ray.data.prepared import DOCUMENT, PreparedDataset
 from vla_ray.errors import StorageError
-from vla_ray.report.show_dataset import describe_dataset, describe_samples
+from vla_ray.report.show_dataset import describe_dataset, describe_samples, is_unprepared
 from vla_ray.schema import FAILED, SAMPLES
 from vla_ray.storage import payload as payload_file
 from vla_ray.storage.files import Location, read_json
@@ -30,7 +30,7 @@ def describe(path: str) -> str:
 
     Raises:
         StorageError: there is nothing, or nothing that this package wrote.
-        DataError: a dataset that is not finished.
+        DataError: a dataset that is not finished, or data that none is made of yet.
     """
     loc = Location.of(path)
     if loc.name.endswith(".pt"):
@@ -52,6 +52,8 @@ def describe(path: str) -> str:
     runs = [e.name for e in loc.list() if e.is_dir and (loc / e.name / "run.json").exists()]
     if runs:
         return f"{loc} holds {len(runs)} runs: {', '.join(runs)}\nlook at one: {_command(loc / runs[-1])}"
+    if is_unprepared(loc):
+        PreparedDataset.open(loc)  # says what to do
     raise StorageError(f"{loc} is no run directory (it has no run.json) and holds none. `make demo` writes one.")
 
 

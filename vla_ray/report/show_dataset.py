@@ -8,8 +8,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow.parquet as pq
 
+from vla_ray.data.cast.archives import is_archive
+from vla_ray.data.cast.rlds import FEATURES, is_tfrecord
 from vla_ray.data.cast.sample import Sample
-from vla_ray.data.prepared import PreparedDataset, samples
+from vla_ray.data.cast.tables import is_table
+from vla_ray.data.prepared import PreparedDataset, has_failed, samples
 from vla_ray.errors import ImageError, StorageError
 from vla_ray.report.contact_sheet import COLUMNS, contact_sheet
 from vla_ray.report.dataset_table import dataset_table
@@ -18,6 +21,8 @@ from vla_ray.storage.location import storage_errors
 
 SHEET = "contact_sheet.png"
 SHOWN = 4 * COLUMNS
+
+_DEPTH, _DIRECTORIES = 5, 50  # of a search for data
 
 
 def describe_dataset(location: Location) -> Iterator[str]:
@@ -55,6 +60,32 @@ def describe_samples(location: Location) -> Iterator[str]:
     if picked:
         name = location.name.removesuffix(".parquet")
         yield _written(location.parent / f"{name}.{SHEET}", picked)
+
+
+def is_unprepared(location: Location) -> bool:
+    """Whether this is a source of jobs/prepare_cast.py, or a dataset whose preparation failed.
+
+    Published data lie two or three directories deep; beyond a few dozen directories nothing is looked for.
+    """
+    if has_failed(location):
+        return True
+    if (location.parent / "run.json").exists():  # tables of a run
+        return False
+    level, looked = [location], 0
+    for _ in range(_DEPTH):
+        below = []
+        for directory in level[: _DIRECTORIES - looked]:
+            looked += 1
+            entries = directory.list()
+            if any(_is_source(entry.name) for entry in entries if not entry.is_dir):
+                return True
+            below += [directory / entry.name for entry in entries if entry.is_dir and not entry.name.startswith(".")]
+        level = below
+    return False
+
+
+def _is_source(name: str) -> bool:
+    return name == FEATURES or is_tfrecord(name) or is_archive(name) or is_table(name)
 
 
 def pick(dataset: PreparedDataset, count: int = SHOWN) -> list[Sample]:

@@ -20,7 +20,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, cast
 
-from vla_ray.data.cast.listing import SHOWN, File, files_below
+from vla_ray.data.cast.listing import COMPLETE, SHOWN, File, files_below
 from vla_ray.data.cast.rlds import FEATURES, is_tfrecord
 from vla_ray.data.cast.tfrecord import GZIP
 from vla_ray.errors import DataError
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 ENDINGS = (".tar.gz", ".tgz", ".tar")
 EXTRACTED = ".extracted"
-COMPLETE = ".complete"
 
 _WANTED = (FEATURES, "dataset_info.json")
 _DRAIN_BYTES = 1 << 20

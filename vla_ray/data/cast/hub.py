@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects
 
-from vla_ray.data.cast.listing import SHOWN
+from vla_ray.data.cast.listing import COMPLETE, SHOWN
 from vla_ray.errors import DataError
 from vla_ray.storage.files import write_json
 from vla_ray.storage.location import Location, storage_errors
@@ -41,7 +41,6 @@ PATTERNS = (
     "*.jsonl",
     "*.arrow",
 )
-COMPLETE = ".complete"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -16,6 +16,7 @@ from vla_ray.storage.location import Location, storage_errors
 HEAD_BYTES = 64
 SHOWN = 20
 THREADS = 16
+COMPLETE = ".complete"  # in a directory that was downloaded or unpacked, written last
 
 T = TypeVar("T")
 R = TypeVar("R")

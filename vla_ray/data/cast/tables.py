@@ -2,10 +2,13 @@
 
 | column | values |
 |---|---|
-| `image` or `image_path` | PNG or JPEG bytes, `{bytes, path}`, or a path: relative to the table, absolute, or a URI |
+| `image` or `image_path` | PNG or JPEG bytes, `{bytes, path}`, or a path relative to the table and below it |
 | `instruction`, `language_instruction` or `text` | a text; or `instructions`, a list of texts that mean the same |
 | `actions` or `action` | [H][2] or [2 H], x0 y0 x1 y1 ..., deltas in units of waypoint spacings, robot frame |
 | `scale_m`, `dataset`, `split`, `recording`, `t`, `valid`, `sample_id` | optional; see sample.py |
+
+Paths that leave the table's directory (absolute, `..`, URIs) are followed for local tables only: one that was
+downloaded from the hub or lies in a store could otherwise copy any picture of this machine into the dataset.
 
 Our own prepared files (schema SAMPLES) are such tables. A row without a recording is filed under its picture, so that
 two instructions for one picture stay on one side of a split.
@@ -20,24 +23,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from vla_ray.data.cast.episodes import distinct
 from vla_ray.data.cast.listing import File, check_heads, in_threads
 from vla_ray.data.cast.sample import Sample
-from vla_ray.data.cast.scales import scale_for
+from vla_ray.data.cast.scales import group_of, scale_for
 from vla_ray.data.cast.shards import TABLE, ReadOptions, Shard, Tally
+from vla_ray.data.cast.table_cells import (
+    ACTIONS,
+    IMAGE,
+    TEXT,
+    actions_of,
+    image_of,
+    is_downloaded,
+    name_of,
+    scale_of,
+    step_of,
+    texts_of,
+    valid_of,
+)
 from vla_ray.data.cast.windows import accept
 from vla_ray.errors import DataError, StorageError
 from vla_ray.storage.location import Location, storage_errors
 
 ENDINGS = (".parquet", ".jsonl", ".arrow")
-IMAGE = ("image", "image_path")
-TEXT = ("instruction", "language_instruction", "text")
-ACTIONS = ("actions", "action")
 BATCH_ROWS = 64
 
 _SPLIT = re.compile(r"(?:^|[/._-])(train|training|val|valid|validation|dev|test)(?=[/._-]|$)")
@@ -70,38 +81,39 @@ def read_table(shard: Shard, options: ReadOptions, tally: Tally) -> Iterator[Sam
     """The samples of one table. Lines and pictures that cannot be read are counted and named, and the others arrive.
 
     Raises:
-        DataError: actions that are no [H][2] or have fewer steps than the horizon.
+        DataError: a value of a wrong type, actions that are no [H][2] or have fewer steps than the horizon, or the path
+            of a picture that this table may not name.
     """
     location = Location.of(shard.path)
+    bounded = not location.is_local or is_downloaded(location)
     for number, row in _rows(location, shard, tally):
         tally.episodes += 1
-        where = f"{shard.name}: row {number}"
-        actions = _actions(row, options.horizon, where)
+        where = f"{shard.path}: row {number}"
+        actions = actions_of(row, options.horizon, where)
         try:
-            image, path = _image(row, location.parent)
+            image, path = image_of(row, location.parent, bounded, where)
         except StorageError as error:
             tally.steps += 1
             tally.undecodable += 1
-            tally.problem(f"{where}: {error}")
+            tally.problem(f"{shard.name}: row {number}: {error}")
             continue
-        given = row.get("instructions") or ()
-        texts = [*(row.get(name) for name in TEXT), *((given,) if isinstance(given, str) else given)]
-        instructions = distinct(text for text in texts if isinstance(text, str))
-        dataset, split = str(row.get("dataset") or shard.dataset), str(row.get("split") or shard.split)
-        recording = str(row.get("recording") or path or f"image-{blake2b(image, digest_size=8).hexdigest()}")
-        scale = row.get("scale_m")
+        instructions = distinct(texts_of(row, where))
+        t, scale = step_of(row, where), scale_of(row, where)
+        dataset = name_of(row, "dataset", where) or shard.dataset
+        split = name_of(row, "split", where) or shard.split
+        recording = name_of(row, "recording", where) or path or f"image-{blake2b(image, digest_size=8).hexdigest()}"
         sample = Sample(
-            sample_id=str(row.get("sample_id") or shard.sample_id(number, int(row.get("t") or 0))),
+            sample_id=name_of(row, "sample_id", where) or shard.sample_id(number, t),
             dataset=dataset,
-            split=options.split_of(recording, split),
+            split=options.split_of(group_of(recording), split),
             recording=recording,
-            t=int(row.get("t") or 0),
+            t=t,
             image=image,
             instruction=next(iter(instructions), ""),
             instructions=instructions,
             actions=actions,
-            valid=_valid(row, options.horizon, where),
-            scale_m=scale_for(dataset, options) if scale is None else float(scale),
+            valid=valid_of(row, options.horizon, where),
+            scale_m=scale_for(dataset, options) if scale is None else scale,
         )
         if accept(sample, options, tally):
             yield sample
@@ -194,6 +206,8 @@ def _lines(stream: pa.NativeFile, shard: Shard, tally: Tally) -> Iterator[tuple[
             continue
         try:
             row = json.loads(line.decode("utf-8-sig"))
+            if b"\\ud" in line.lower():  # half of a pair is JSON, but no text that can be written anywhere
+                json.dumps(row, ensure_ascii=False).encode()
         except ValueError as error:
             tally.lost(f"{shard.name}: row {number} is not valid JSON ({error})")
             continue
@@ -201,46 +215,3 @@ def _lines(stream: pa.NativeFile, shard: Shard, tally: Tally) -> Iterator[tuple[
             yield number, row
         else:
             tally.lost(f"{shard.name}: row {number} is no JSON object")
-
-
-def _actions(row: Mapping[str, Any], horizon: int, where: str) -> NDArray[np.float32]:
-    given = next((row[name] for name in ACTIONS if row.get(name) is not None), None)
-    try:
-        actions = np.asarray(given, dtype=np.float32)
-    except (TypeError, ValueError):
-        actions = np.zeros((), np.float32)  # of no use either
-    if actions.ndim == 1 and actions.size % 2 == 0:
-        actions = actions.reshape(-1, 2)
-    if actions.ndim != 2 or actions.shape[1] != 2:
-        raise DataError(f"{where}: actions are {str(given)[:60]}; expected [[x, y], ...] or [x0, y0, x1, y1, ...]")
-    if len(actions) < horizon:
-        raise DataError(
-            f"{where} has actions of {len(actions)} steps and action.num_steps={horizon} are asked for; "
-            f"set action.num_steps={len(actions)} or less"
-        )
-    return actions[:horizon]
-
-
-def _valid(row: Mapping[str, Any], horizon: int, where: str) -> NDArray[np.bool_]:
-    given = row.get("valid")
-    if given is None:
-        return np.ones(horizon, bool)
-    if len(given) < horizon:
-        raise DataError(
-            f"{where}: `valid` has {len(given)} values for {horizon} steps of actions; give one for each step"
-        )
-    return np.array(given[:horizon], dtype=bool)
-
-
-def _image(row: Mapping[str, Any], directory: Location) -> tuple[bytes, str | None]:
-    """The encoded picture, and its path if it was read from a file of its own. Empty bytes: the row has none."""
-    for name in IMAGE:
-        value = row.get(name)
-        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
-        if isinstance(data, bytes):
-            return data, None
-        if isinstance(path, str) and path:
-            absolute = path.startswith("/") or "://" in path
-            location = Location.of(path) if absolute else directory / path.removeprefix("./")
-            return location.read_bytes(), path
-    return b"", None
