@@ -24,6 +24,11 @@ import ray
 import ray.train
 import torch
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+)
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -40,6 +45,7 @@ from vla_ray.training.session import TrainSpec, run_worker
 logger = logging.getLogger(__name__)
 
 CHUNK_SAMPLES = 256  # of one data task: long enough that a row group's rows are used together
+REST_S = 0.02  # batches are made in tenths of seconds
 SEGMENT_CHUNKS = 512  # of one Ray dataset: what the driver of a stream holds at a time
 
 
@@ -201,6 +207,7 @@ def ray_batches(
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_no_progress_timeout_s = -1
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, _Rest])
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     segment = per_chunk * SEGMENT_CHUNKS
     for first in range(start, total, segment):
@@ -216,6 +223,16 @@ def ray_batches(
         )
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
             yield from unpack(table)
+
+
+class _Rest(BackpressurePolicy):
+    """Lets Ray Data's scheduling loop rest between its rounds. While batches are ready that nobody takes yet, it would
+    go round and round, in a thread of this very process: measured, a training step then takes twice as long."""
+
+    def max_task_output_bytes_to_read(self, op: Any) -> int | None:
+        if not op.input_dependencies:  # once per round
+            time.sleep(REST_S)
+        return None
 
 
 def _chunk(steps: Steps, rank: int, first: int, stop: int) -> dict[str, Any]:
