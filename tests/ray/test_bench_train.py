@@ -30,4 +30,4 @@ def test_the_bench_on_the_tiny_policy(tmp_path: Path) -> None:
     assert all(side["samples_per_s"] > 0 for side in sides.values())
     assert content["start_up"]["stream"]["tiny"] > 0
     assert content["start_up"]["job"] > 0
-    assert "tiny: 0.2 M parameters" in result.text
+    assert " M parameters, 2 + 2 layers, pictures of" in result.text

@@ -67,7 +67,7 @@ def test_a_stretch_is_timed_within_its_source_and_sources_end_before_the_next(su
         events.append(f"step {subject.loop.step}")
         one(*given)
 
-    subject.loop._one = watched  # type: ignore[method-assign]
+    subject.loop._one = watched  # type: ignore[method-assign, assignment]
     found = measure(subject, "tiny", streamed, steps=2, rounds=2)
     of_a_side = [f"step {n}" for n in range(SIZE.warm_up + 2)]
     at = [i for i, event in enumerate(events) if event == "open"]
@@ -130,7 +130,7 @@ def _kept_bytes(vision_layers: int, language_layers: int, frozen: tuple[str, ...
     config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers = vision_layers, language_layers
     config.text_config.vocab_size, config.image_token_id = 2000, 1999
     with torch.device("meta"):
-        model = PaliGemmaForConditionalGeneration(config)
+        model: Any = PaliGemmaForConditionalGeneration(config)
     model = model.to_empty(device="cpu").to(torch.bfloat16 if rank else torch.float32)
     policy = ActionPolicy(model, 1000, 256, 16).train()
     policy.freeze(frozen)

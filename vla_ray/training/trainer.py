@@ -45,7 +45,7 @@ from vla_ray.training.session import TrainSpec, run_worker
 logger = logging.getLogger(__name__)
 
 CHUNK_SAMPLES = 256  # of one data task: long enough that a row group's rows are used together
-REST_S = 0.02  # batches are made in tenths of seconds
+REST_S = 0.1  # a chunk takes longer, and the next one is under way
 SEGMENT_CHUNKS = 512  # of one Ray dataset: what the driver of a stream holds at a time
 
 
