@@ -15,6 +15,7 @@ from vla_ray.models.paligemma.cost import (
     flops_per_sample,
     lora_parameters,
     released_config,
+    sharded_bytes,
     training_bytes,
 )
 from vla_ray.models.paligemma.pretrained import RELEASED, check_architecture, find_model
@@ -62,7 +63,7 @@ def report_plan(spec: TrainSpec) -> str:
         trained = lora_parameters(model, rank) if rank else counts.total - counts.of(t.freeze)
         memory = training_bytes(model, t.freeze, rank, frozen_bytes=2 if halves_base(config) else 4)
         if config.parallel == "fsdp":
-            memory //= config.workers
+            memory = sharded_bytes(model, config.workers, t.freeze, rank)
         tokens = (model.vision_config.image_size // model.vision_config.patch_size) ** 2 + _TEXT_TOKENS
         flops = flops_per_sample(model, tokens, spec.tokenizer.num_tokens + 1, t.freeze, rank)
         lines += [

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 
 from vla_ray.evaluation.benchmarks.table import aligned
 from vla_ray.models.paligemma.cost import (
-    BYTES_TRAINED,
     count_parameters,
     lora_parameters,
     released_config,
+    sharded_bytes,
     training_bytes,
 )
 from vla_ray.models.paligemma.pretrained import RELEASED
@@ -88,15 +88,13 @@ def budgets() -> tuple[Budget, ...]:
     found = []
     for name, overrides, frozen, rank, kept, checkpointed in _WAYS:
         trained = lora_parameters(config, rank) if rank else counts.total - counts.of(frozen)
-        still = counts.total if rank else counts.of(frozen)
-        gathered = 2 * (counts.embeddings + counts.projector)
         found.append(
             Budget(
                 name,
                 overrides,
                 trained,
                 training_bytes(config, frozen, rank, frozen_bytes=2 if rank else 4),
-                (BYTES_TRAINED * trained + 4 * still) // FSDP_WORKERS + gathered,
+                sharded_bytes(config, FSDP_WORKERS, frozen, rank),
                 0 if rank else 4 * counts.embeddings,
                 kept.bytes,
                 checkpointed.bytes + int(1e6 * kept.language),

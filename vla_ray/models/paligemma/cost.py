@@ -121,6 +121,15 @@ def training_bytes(
     return trained * (BYTES_TRAINED + BYTES_AUTOCAST) + still * frozen_bytes
 
 
+def sharded_bytes(config: PaliGemmaConfig, workers: int, frozen: Collection[str] = (), lora_rank: int = 0) -> int:
+    """As training_bytes, of one of so many workers under FSDP: all is float32 (a unit has one type) and shared out;
+    embeddings and projector, which belong to no layer, stay gathered in bfloat16."""
+    counts = count_parameters(config)
+    trained = lora_parameters(config, lora_rank) if lora_rank else counts.total - counts.of(frozen)
+    still = counts.total if lora_rank else counts.of(frozen)
+    return (BYTES_TRAINED * trained + 4 * still) // workers + BYTES_AUTOCAST * (counts.embeddings + counts.projector)
+
+
 def flops_per_sample(
     config: PaliGemmaConfig, tokens: int, suffix: int = 17, frozen: Collection[str] = (), lora_rank: int = 0
 ) -> float:
