@@ -191,7 +191,7 @@ def test_ray_makes_the_batches_of_the_plain_loop(trained: Path, corridors: Path,
     """Two Ray workers with four samples each against eight samples in this process."""
     config = configure(tmp_path, corridors, workers=1, training={"batch_size": 8})
     dataset = PreparedDataset.open(str(corridors))
-    tokenizer = fit_tokenizer(config.action, dataset, "train")
+    tokenizer = fit_tokenizer(config.action, dataset, "train", mirrored=config.augment.mirror > 0)
     run_worker(
         TrainSpec(config, str(tmp_path / "r"), str(trained / "initial"), dataset, tokenizer), Workers(), local_stream()
     )
