@@ -90,7 +90,7 @@ def undisturbed(repo: Path, corridors: Path, tmp_path_factory: pytest.TempPathFa
         training=settings,
     )
     dataset = PreparedDataset.open(str(corridors))
-    tokenizer = fit_tokenizer(config.action, dataset, "train")
+    tokenizer = fit_tokenizer(config.action, dataset, "train", mirrored=config.augment.mirror > 0)
     base = build_tiny(directory / "initial", seed=0)
     run_worker(TrainSpec(config, str(directory), str(base), dataset, tokenizer), Workers(), local_stream())
     return load_file(directory / "last/model.safetensors")
