@@ -260,9 +260,8 @@ class _MakeBatches:
 def _reason(causes: Sequence[Exception], max_failures: int) -> VlaRayError:
     """The first worker's reason in a line, or Ray's own."""
     cause = causes[0]
-    for candidate in (
-        getattr(c, "_base_exc", c) for c in causes
-    ):  # an error of ours says more than the broken connections of the others
+    # An error of ours says more than the broken connections of the others.
+    for candidate in (getattr(c, "_base_exc", c) for c in causes):
         if isinstance(candidate, VlaRayError):
             return candidate
         if isinstance(candidate, ray.exceptions.OutOfMemoryError):
@@ -274,5 +273,5 @@ def _reason(causes: Sequence[Exception], max_failures: int) -> VlaRayError:
     reason = text[-1] if text else ""
     return ClusterError(
         f"training stopped after {max_failures} restarts ({type(cause).__name__}: {reason[:200]}). The stack is "
-        "in the log above; the same command goes on from the last checkpoint."
+        "in the log above."
     )
