@@ -29,6 +29,12 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
+def policy_dir() -> Path:
+    """The bundled policy: a trained tiny PaliGemma with its tokenizers.pt."""
+    return REPO / "checkpoints" / "paligemma-tiny"
+
+
+@pytest.fixture(scope="session")
 def corridors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared dataset of rendered corridors: 24 pictures to train on, 8 to validate on, all their instructions."""
     from vla_ray.data import corridors as rendered

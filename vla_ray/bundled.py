@@ -1,16 +1,20 @@
-"""What jobs run on when nothing is named: the bundled scenes, explained by the bundled driver; rendered corridors."""
+"""What jobs run on when nothing is named: bundled scenes, explained by the bundled driver; corridors, and a policy."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 from vla_ray.command_line import load_config
-from vla_ray.config import ExplainConfig, PrepareConfig
+from vla_ray.config import ExplainConfig, InferConfig, PrepareConfig
+from vla_ray.config.train import TINY
 from vla_ray.errors import RunError
 from vla_ray.storage.files import Location, read_json
 
-RUN = "bundled"
+logger = logging.getLogger(__name__)
+
+RUN, PREDICTIONS = "bundled", "bundled_predictions"
 
 
 def bundled_run(root: Path, output_dir: str) -> str:
@@ -46,3 +50,48 @@ def bundled_dataset(root: Path) -> str:
         if code:
             raise RunError(f"the bundled corridors could not be prepared (exit code {code}); the lines above say why.")
     return str(location)
+
+
+def bundled_policy(root: Path, runs: str) -> str:
+    """The newest tiny policy that was trained here, else the bundled one; which one is logged.
+
+    Args:
+        root: of the repository.
+        runs: where jobs/train.py keeps its runs.
+    """
+    from vla_ray.models.paligemma.trained import newest_tiny
+
+    trained = newest_tiny(runs)
+    found = trained or root / "checkpoints" / "paligemma-tiny"
+    logger.info("%s: %s", "the newest trained tiny policy" if trained else "the bundled policy", found)
+    return str(found)
+
+
+def bundled_predictions(root: Path, output_dir: str) -> str:
+    """The newest finished run of inference below a directory; one on the bundled corridors is made if there is none.
+
+    Args:
+        root: of the repository.
+    """
+    from vla_ray.pipelines.evaluate import newest_predictions
+    from vla_ray.pipelines.infer import infer, remembered
+
+    known = newest_predictions(output_dir)
+    if known is not None:
+        logger.info("the newest predictions: %s", known)
+        return known
+    config = remembered(load_config(root, "infer", InferConfig, [f"run={PREDICTIONS}", f"output_dir={output_dir}"]))
+    code = infer(complete(root, config))
+    if code:
+        raise RunError(f"the bundled corridors could not be predicted (exit code {code}); the lines above say why.")
+    return f"{output_dir}/{PREDICTIONS}"
+
+
+def complete(root: Path, config: InferConfig) -> InferConfig:
+    """With the bundled policy and dataset where none is named.
+
+    Args:
+        root: of the repository.
+    """
+    name = bundled_policy(root, config.checkpoints_dir) if config.model.name == TINY else config.model.name
+    return config.named(name, config.source or bundled_dataset(root))

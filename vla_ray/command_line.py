@@ -27,12 +27,19 @@ from vla_ray.logs import setup_logging
 T = TypeVar("T")
 
 
-def run_job(script: str, schema: type[T], job: Callable[[T], int | None], argv: list[str] | None = None) -> None:
-    """Compose `configs/<script's name>.yaml` with argv, call `job(config)`, and exit with its code.
+def run_job(
+    script: str,
+    schema: type[T],
+    job: Callable[[T], int | None],
+    argv: list[str] | None = None,
+    config: str | None = None,
+) -> None:
+    """Compose `configs/<config>.yaml` with argv, call `job(config)`, and exit with its code.
 
     Args:
         script: the job's `__file__`; its repository is where configs and bundled data are found.
         schema: dataclass of the job's settings.
+        config: name of the YAML file; None: the script's.
     """
     argv = sys.argv[1:] if argv is None else argv
     setup_logging()
@@ -41,7 +48,7 @@ def run_job(script: str, schema: type[T], job: Callable[[T], int | None], argv: 
         print_help(name, schema)
         sys.exit(0)
     try:
-        sys.exit(job(load_config(root, name, schema, argv)) or 0)
+        sys.exit(job(load_config(root, config or name, schema, argv)) or 0)
     except VlaRayError as e:
         print(f"{name}: {e}", file=sys.stderr)
         sys.exit(2)

@@ -40,10 +40,10 @@ from vla_ray.models.simlingo.config import read_config
 from vla_ray.report.overlay import Caption, draw, scene_scale
 from vla_ray.report.shown import SHARES
 from vla_ray.schema import KINEMATIC_COLUMNS
+from vla_ray.stages.fitting import DTYPES
 from vla_ray.stages.maps import MadeMap, fold_maps
 from vla_ray.stages.payloads import token_spans
 from vla_ray.stages.pixel_maps import PixelOptions, pixel_maps
-from vla_ray.stages.replica import DTYPES
 from vla_ray.stages.visit import Explained, Visit
 from vla_ray.storage.files import Location
 from vla_ray.targets import KINEMATICS, Spline, Target, named_target

@@ -10,7 +10,8 @@ import pyarrow as pa
 PAYLOAD_SCHEMA_VERSION = 2
 
 # Status of a row. `degenerate`: the scalar has a value but no gradient (standstill, straight road), so no map exists.
-OK, FAILED, DEGENERATE = "ok", "failed", "degenerate"
+# `skipped`: there is nothing to ask (an instruction that has no opposite).
+OK, FAILED, DEGENERATE, SKIPPED = "ok", "failed", "degenerate", "skipped"
 
 # The nine kinematic scalars of targets/kinematics.py, every one reported for every frame.
 KINEMATIC_COLUMNS = (
@@ -122,3 +123,44 @@ SAMPLES = pa.schema(
     ],
     metadata={"units": ACTION_UNITS},
 )
+
+# One row per (sample, variant of its instruction): the key of an inference run, `frame_id` and `target` as in METRICS.
+# `predictions.parquet` has the same columns in the order of the dataset, with the file's metadata (see below).
+GIVEN = "given"  # the variant that is the sample's own instruction
+PREDICTIONS = pa.schema(
+    [
+        pa.field("frame_id", pa.string(), nullable=False),  # the sample's id
+        pa.field("target", pa.string(), nullable=False),  # given | permuted | opposite | an atomic command
+        pa.field("number", pa.int32()),  # place in the manifest, from 0; part of the picture's name
+        pa.field("dataset", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("recording", pa.string()),
+        pa.field("t", pa.int32()),
+        pa.field("instruction", pa.string()),  # as asked
+        pa.field("image_path", pa.string()),  # of the picture, relative to the run; null if none was kept
+        pa.field("status", pa.string(), nullable=False),  # ok | failed | skipped
+        pa.field("error_type", pa.string()),
+        pa.field("error", pa.string()),
+        pa.field("attempt", pa.int32()),
+        pa.field("predicted", pa.list_(pa.float32())),  # x0 y0 x1 y1 ..., units; null if failed
+        pa.field("actions", pa.list_(pa.float32())),  # the right ones; null where there are none
+        pa.field("valid", pa.list_(pa.bool_())),  # per step; false after the end of the episode
+        pa.field("scale_m", pa.float32()),  # metres per unit; null if unknown
+        pa.field("probability", pa.list_(pa.float32())),  # of each chosen bin, x0 y0 ...
+        pa.field("entropy", pa.list_(pa.float32())),  # nats, of the distribution that it was chosen from
+        pa.field("samples", pa.list_(pa.float32())),  # K sampled predictions one after the other; null if none
+        pa.field("decode_s", pa.float64()),  # seconds per stage, a batch's time divided by its samples
+        pa.field("predict_s", pa.float64()),
+    ],
+    metadata={"units": ACTION_UNITS},
+)
+
+
+def prediction_columns(num_steps: int) -> list[str]:
+    """Columns of predictions.csv, those of the original inference script."""
+    steps = [f"{kind}_{axis}_{k}" for k in range(num_steps) for kind in ("pred", "target") for axis in "xy"]
+    return [
+        *("sample_id", "image_filename", "image_path", "instruction", "predicted_actions", "target_actions"),
+        *steps,
+        *("overall_mse", "overall_mae", "overall_rmse", "overall_success_rate"),
+    ]

@@ -109,11 +109,23 @@ def wrap_decode(module: Any) -> None:
     module.Decoder.load = faulty_load
 
 
+def wrap_decode_samples(module: Any) -> None:
+    decoded = module.SampleDecoder._decoded
+
+    def faulty_decoded(self: Any, frame: Any, row: Any, start: float) -> Any:
+        frame_id = frame.ref.frame_id
+        if frame_id in faults().get("kill_decode", ()) or my_turn("decode", [frame_id]):
+            die()
+        return decoded(self, frame, row, start)
+
+    module.SampleDecoder._decoded = faulty_decoded
+
+
 def wrap_work(module: Any) -> None:
     commit = module.commit
 
-    def faulty_commit(run_dir: Any, rows: Any) -> Any:
-        name = commit(run_dir, rows)
+    def faulty_commit(run_dir: Any, rows: Any, schema: Any) -> Any:
+        name = commit(run_dir, rows, schema)
         if my_turn("committed", [row["frame_id"] for row in rows]):
             die()
         return name
@@ -183,7 +195,9 @@ def wrap_checkpoints(module: Any) -> None:
 WRAP: dict[str, Callable[[Any], None]] = {
     "vla_ray.stages.capture": wrap_replicas("CaptureReplica"),
     "vla_ray.stages.explain": wrap_replicas("OnlineExplainer", "PayloadExplainer"),
+    "vla_ray.stages.infer": wrap_replicas("PredictReplica"),
     "vla_ray.stages.decode": wrap_decode,
+    "vla_ray.stages.decode_samples": wrap_decode_samples,
     "vla_ray.stages.work": wrap_work,
     "vla_ray.storage.files": wrap_files,
     "vla_ray.training.loop": wrap_loop,

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from vla_ray.config import CaptureConfig, ExplainConfig, ModelConfig
+from vla_ray.schema import METRICS
 from vla_ray.stages.decode import Decoder, DecodeWorker
 from vla_ray.stages.work import Loaded, Replica, Summary, Worker, WorkItem
 from vla_ray.storage.files import Location
@@ -132,8 +134,9 @@ def in_process() -> Callable[[], Any]:
         token: str,
         plan: Any,
         name: str,
+        schema: pa.Schema = METRICS,
     ) -> Iterator[Summary]:
-        worker = Worker(make_replica(), run_dir, token)
+        worker = Worker(make_replica(), run_dir, token, schema)
         for item in items:
             if decoder is None:
                 loaded = [Loaded(frame) for frame in item.frames]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vla_ray.config.train import AugmentConfig
-from vla_ray.training.augment import augment, swap_sides
+from vla_ray.data.cast.instructions import swap_sides
+from vla_ray.training.augment import augment
 
 NONE = AugmentConfig(mirror=0, brightness=0, contrast=0, shift=0)
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)

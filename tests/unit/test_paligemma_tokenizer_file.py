@@ -12,7 +12,7 @@ import torch
 
 from vla_ray.errors import CheckpointError
 from vla_ray.models.paligemma.actions import ActionNormalizer, ActionTokenizer
-from vla_ray.models.paligemma.tokenizer_file import load_tokenizer, save_tokenizer
+from vla_ray.models.paligemma.tokenizer_file import load_decoding, load_tokenizer, save_tokenizer
 from vla_ray.storage.location import Location
 
 TOKENIZER = ActionTokenizer(128, 4, ActionNormalizer("quantile", (0.5, 0.0), (1.2, 0.7)))
@@ -71,9 +71,19 @@ def _map(content: dict[str, Any]) -> None:
     content["token_map"] = {"scheme": "new", "first_id": 1, "count": 128}
 
 
+def _decoding(content: dict[str, Any]) -> None:
+    content["decoding"] = "backwards"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(_scale, "does not match its content"), (_no_units, "incomplete"), (_version, "version 99"), (_map, "damaged")],
+    [
+        (_scale, "does not match its content"),
+        (_no_units, "incomplete"),
+        (_version, "version 99"),
+        (_map, "damaged"),
+        (_decoding, "'backwards'; known: autoregressive, parallel"),
+    ],
 )
 def test_damage(file: Location, damage: Any, message: str) -> None:
     content = torch.load(file.path, weights_only=True)
@@ -81,6 +91,16 @@ def test_damage(file: Location, damage: Any, message: str) -> None:
     torch.save(content, file.path)
     with pytest.raises(CheckpointError, match=message):
         load_tokenizer(file)
+
+
+def test_older_files_do_not_say_how_actions_are_decoded(file: Location) -> None:
+    content = torch.load(file.path, weights_only=True)
+    del content["decoding"]
+    torch.save(content, file.path)
+    assert load_decoding(file) == "autoregressive"
+    assert load_tokenizer(file, decoding="autoregressive") == TOKENIZER
+    with pytest.raises(CheckpointError, match="the decoding is autoregressive there, parallel here"):
+        load_tokenizer(file, decoding="parallel")
 
 
 class Boom:

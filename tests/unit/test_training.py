@@ -27,13 +27,15 @@ from vla_ray.config.train import (
     TrainDataConfig,
     TrainingConfig,
 )
+from vla_ray.data.cast.instructions import permuted
 from vla_ray.data.cast.statistics import ActionStatistics
 from vla_ray.data.prepared import PreparedDataset
 from vla_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from vla_ray.models.paligemma.policy import ActionPolicy
 from vla_ray.models.paligemma.processing import Processor
 from vla_ray.models.paligemma.tiny import build_tiny
-from vla_ray.models.paligemma.tokenizer_file import load_tokenizer
+from vla_ray.models.paligemma.tokenizer_file import load_decoding, load_tokenizer
+from vla_ray.pipelines.train import result_settings
 from vla_ray.storage.files import Location
 from vla_ray.training.batches import BatchMaker, MicroBatch
 from vla_ray.training.checkpoints import RunFiles
@@ -43,7 +45,7 @@ from vla_ray.training.parallel import Workers
 from vla_ray.training.session import load_policy, local_stream, merge_best, run_worker
 from vla_ray.training.spec import TrainSpec, fit_tokenizer
 from vla_ray.training.tensors import inputs
-from vla_ray.training.validation import choose_samples, permuted
+from vla_ray.training.validation import choose_samples
 
 STEPS = 6
 
@@ -266,6 +268,32 @@ def test_adapters_alone_are_learnt_and_saved(make_spec: Callable[..., TrainSpec]
         found = dict(model.named_parameters())
         own = found.get(name, found.get(name.replace(".weight", ".base_layer.weight")))
         assert torch.equal(own, parameter), name
+
+
+def test_actions_may_be_learnt_in_parallel(make_spec: Callable[..., TrainSpec]) -> None:
+    """Same batches, same validation; the checkpoint says how it decodes, and is not gone on with in another way."""
+    often = {"learning_rate": 4e-3, "eval_steps": 30, "save_steps": 30, "logging_steps": 10}
+    spec = make_spec("parallel", decoding="parallel", max_steps=30, **often)
+    run(spec)
+    losses = [line["loss"] for line in log(spec, "train")]
+    assert losses[-1] < 0.85 * losses[0]
+    (validated,) = log(spec, "validation")
+    assert 0 < validated["ade"] < validated["ade_still"], "decoded as it was learnt"
+    best = Path(spec.directory, "best_model")
+    assert load_decoding(Location.of(best / "tokenizers.pt")) == "parallel"
+    assert ActionPolicy.from_pretrained(best, spec.tokenizer).decoding == "parallel"
+    other = make_spec("parallel", decoding="autoregressive", max_steps=31)
+    with pytest.raises(CheckpointError, match="the decoding is parallel there, autoregressive here"):
+        run(other)
+
+
+def test_decoding_belongs_to_a_run(make_spec: Callable[..., TrainSpec]) -> None:
+    key = "training.decoding"
+    assert key not in result_settings(make_spec().config), "runs from when there was one way only are resumed"
+    assert result_settings(make_spec(decoding="parallel").config)[key] == "parallel"
+    config = make_spec(decoding="parallel").config
+    with pytest.raises(ConfigError, match=r"placeholders for 64 steps; action\.num_steps is 65"):
+        replace(config, action=replace(config.action, num_steps=65))
 
 
 def test_frozen_parts_stay(make_spec: Callable[..., TrainSpec], base: Path) -> None:

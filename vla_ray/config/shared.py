@@ -72,8 +72,8 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """What every run over frames has: where results go, with which model, on how much of the cluster."""
+class WorkConfig:
+    """What every run of batches through replicas has: where results go, on how much of the cluster."""
 
     output_dir: str = knob("", "where runs are kept; local or s3://")
     run: str | None = knob(None, "name; an existing one is resumed; null: <job>_<YYMMDD_HHMMSS>")
@@ -83,15 +83,11 @@ class RunConfig:
     replicas: int | None = knob(None, "model replicas; null: one per GPU, or by CPUs and memory")
     gpus_per_replica: float = knob(1.0, "GPUs of one replica; 0.5: two share a GPU and half of its memory each")
     batch_size: int | None = knob(None, "frames per batch; null: by device and payload")
-    model: ModelConfig = knob(ModelConfig, "the model")
-    spline: SplineConfig = knob(SplineConfig, "trajectory smoothing")
     cluster: ClusterConfig = knob(ClusterConfig, "Ray")
     wandb: WandbConfig = knob(WandbConfig, "Weights & Biases summary")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_dir", resolve_path(self.output_dir or "outputs"))
-        if not self.model.checkpoint:
-            raise ConfigError("model.checkpoint is empty; give the path of a pytorch_model.pt, or model=simlingo-tiny")
         at_least("replicas", self.replicas, 1)
         if self.gpus_per_replica <= 0:
             raise ConfigError(
@@ -100,3 +96,16 @@ class RunConfig:
         at_least("batch_size", self.batch_size, 1)
         if not 0 <= self.max_error_rate <= 1:
             raise ConfigError(f"max_error_rate={self.max_error_rate:g} is no share: it must lie between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class RunConfig(WorkConfig):
+    """A run of the driving model over frames."""
+
+    model: ModelConfig = knob(ModelConfig, "the model")
+    spline: SplineConfig = knob(SplineConfig, "trajectory smoothing")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model.checkpoint:
+            raise ConfigError("model.checkpoint is empty; give the path of a pytorch_model.pt, or model=simlingo-tiny")

@@ -62,24 +62,40 @@ class TinyDriverConfig:
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What things cost. Benches: relevance (beside plain forward + backward), train (Ray and data beside a plain loop).
+    """What things cost. Benches: relevance (beside plain forward + backward), train (Ray and data beside a plain loop),
+    infer (batched decoding beside transformers' generate).
 
-    Sizes of relevance: tiny is `model`, mid has random weights, 12 layers and 1025 vision tokens. Sizes of train: tiny
-    is the bundled PaliGemma, mid one of 20 M random weights, 8 + 8 layers and 224 pixels.
+    Sizes of relevance: tiny is `model`, mid has random weights, 12 layers and 1025 vision tokens. Sizes of train
+    and infer: tiny is the bundled PaliGemma, mid one of 20 M random weights, 8 + 8 layers and 224 pixels; of infer
+    also full, the released 3B model with random weights, where there is a GPU.
     """
 
-    bench: str = knob("relevance", "what is measured: relevance | train")
-    size: Any = knob("tiny", "one or a list of: tiny, mid")
+    bench: str = knob("relevance", "what is measured: relevance | train | infer")
+    size: Any = knob("tiny", "one or a list of: tiny, mid; infer also: full")
     rounds: int = knob(5, "each side is run so often, the plain one before and after it")
     threads: int = knob(1, "of torch; more than one also measure what else the machine does")
     memory: bool = knob(True, "relevance: measure peak memory, each side in a process of its own (Linux)")
     steps: int | None = knob(None, "train: optimiser steps of a stretch; null: by size")
     data_workers: int = knob(1, "train: Ray tasks that make batches")
+    batches: Any = knob((1, 8, 32), "infer: prompts that are decoded together, one or a list of")
     output_dir: str = knob("", "benchmarks/<bench>_<time>.json goes there; local or s3://")
-    model: ModelConfig = knob(ModelConfig, "relevance: of size tiny")
+    model: ModelConfig = knob(ModelConfig, "relevance: of size tiny; infer: its device")
     cluster: ClusterConfig = knob(ClusterConfig, "train: Ray")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_dir", resolve_path(self.output_dir or "outputs"))
         for name in ("rounds", "threads", "steps", "data_workers"):
             at_least(name, getattr(self, name), 1)
+        object.__setattr__(self, "batches", _batches(self.batches))
+
+
+def _batches(given: Any) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(str(n)) for n in ([given] if isinstance(given, (str, int)) else given))
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"batches={given!r} are no whole numbers; write batches=[1,8,32].") from e
+    if not counts:
+        raise ConfigError("batches is empty; write batches=[1,8,32].")
+    for count in counts:
+        at_least("batches", count, 1)
+    return counts

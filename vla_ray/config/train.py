@@ -134,6 +134,7 @@ class TrainingConfig:
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm")
     freeze: Any = knob((), "parts that do not learn: vision, projector, embeddings, language")
     loss_over: str = knob("vocabulary", "softmax over the whole vocabulary | actions: over the action bins alone")
+    decoding: str = knob("autoregressive", "autoregressive, token by token | parallel: all in one pass (OpenVLA-OFT)")
     precision: str = knob("auto", "auto (bfloat16 on cuda) | float32 | bfloat16: autocast; weights learn in float32")
     activation_checkpointing: bool = knob(False, "compute activations again instead of keeping them: less memory")
     seed: int = knob(0, "of weights, sample order and augmentation")
@@ -156,6 +157,7 @@ class TrainingConfig:
             _within(f"training.{name}", getattr(self, name), 0, 1)
         choose("training.precision", self.precision, ("auto", "float32", "bfloat16"))
         choose("training.loss_over", self.loss_over, ("vocabulary", "actions"))
+        choose("training.decoding", self.decoding, ("autoregressive", "parallel"))
         parts = [str(p) for p in ([self.freeze] if isinstance(self.freeze, (str, int)) else self.freeze or ())]
         for part in parts:
             choose("training.freeze", part, PARTS)
@@ -211,6 +213,12 @@ class TrainConfig:
         if not self.model.name:
             raise ConfigError("model.name is empty; give model=paligemma-tiny, model=paligemma-3b or a directory.")
 
+        steps = self.action.num_steps
+        if self.training.decoding == "parallel" and steps > 64:
+            raise ConfigError(
+                f"training.decoding=parallel has placeholders for 64 steps; action.num_steps is {steps}. Use "
+                "training.decoding=autoregressive."
+            )
         self._fill_in()
 
     def _fill_in(self) -> None:

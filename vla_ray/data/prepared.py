@@ -104,9 +104,13 @@ class PreparedDataset:
 
     def read_group(self, file: PreparedFile, group: int, columns: Sequence[str] | None = None) -> pa.Table:
         """One row group, of schema SAMPLES or of some of its columns. StorageError if the file cannot be read."""
-        location = self.location / file.path
-        with storage_errors("read", location), location.open_input() as stream:
-            return pq.ParquetFile(stream).read_row_group(group, None if columns is None else list(columns))
+        return read_group(self.location / file.path, group, columns)
+
+
+def read_group(location: Location, group: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """One row group of a prepared file. StorageError if it cannot be read."""
+    with storage_errors("read", location), location.open_input() as stream:
+        return pq.ParquetFile(stream).read_row_group(group, None if columns is None else list(columns))
 
 
 def to_table(samples: Sequence[Sample]) -> pa.Table:

@@ -64,20 +64,24 @@ def patch_groups(grid: int, factor: int) -> Tensor:
     return pixel_shuffle(numbers, factor)[0].flatten(0, 1).long()
 
 
-def cross_projector(relevance_TN: Tensor, groups: Tensor) -> Tensor:
-    """Relevance of image tokens [T, N] -> seed rows of the vision tower [T, 1 + patches].
+def cross_projector(relevance_TN: Tensor, groups: Tensor, cls: bool = True) -> Tensor:
+    """Relevance of image tokens [T, N] -> seed rows of the vision tower [T, 1 + patches], or [T, patches].
 
     A token hands its relevance to its patches in equal shares, so mass is preserved; the projector mixes channels,
     never tokens, and drops the CLS token, which starts at zero.
+
+    Args:
+        cls: whether the tower has a CLS token, its first.
     """
-    tiles, size = len(relevance_TN), groups.shape[1]
-    seed = relevance_TN.new_zeros(tiles, 1 + groups.numel())
-    columns = (groups.to(relevance_TN.device).flatten() + 1).expand(tiles, -1)
+    tiles, size, first = len(relevance_TN), groups.shape[1], int(cls)
+    seed = relevance_TN.new_zeros(tiles, first + groups.numel())
+    columns = (groups.to(relevance_TN.device).flatten() + first).expand(tiles, -1)
     return seed.scatter_add(1, columns, (relevance_TN / size).repeat_interleave(size, 1))
 
 
-def uniform_seed(num_tiles: int, num_patches: int) -> Tensor:
-    """[T, 1 + patches]: every patch of the picture alike, summing to 1; what leaves the language model out."""
-    seed = torch.full((num_tiles, 1 + num_patches), 1.0 / (num_tiles * num_patches))
-    seed[:, 0] = 0
+def uniform_seed(num_tiles: int, num_patches: int, cls: bool = True) -> Tensor:
+    """[T, 1 + patches] or [T, patches]: every patch of the picture alike, summing to 1, the CLS token at zero; what
+    leaves the language model out."""
+    seed = torch.full((num_tiles, int(cls) + num_patches), 1.0 / (num_tiles * num_patches))
+    seed[:, : int(cls)] = 0
     return seed

@@ -79,7 +79,8 @@ class Relevance:
 
     Attributes:
         language: fold -> [L] of the frame's sequence, padding cut away; `_vit` folds have none.
-        patches, cls: fold -> [T, patches] and [T] of its tiles.
+        patches: fold -> [T, patches] of its tiles.
+        cls: fold -> [T]; empty where the vision tower has no CLS token.
     """
 
     language: Mapping[str, Tensor]
@@ -96,6 +97,9 @@ class Relevance:
     def shares(self, fold: str, spans: Mapping[str, Sequence[int]], seed: Tensor) -> dict[str, float]:
         """Where the language model's relevance lies: image, text (generated), prompt (the rest of it), queries.
 
+        The spans say what counts as which: an action policy's text is its instruction, its queries are its action
+        tokens (`queries` in place of a driver's `route_queries` and `speed_queries`).
+
         A product keeps all of its own seed, which says nothing; only what has moved from there is counted. Absolute
         values of signed folds. Empty for `_vit` folds and where nothing has moved.
         """
@@ -108,9 +112,10 @@ class Relevance:
         if not total > 0:
             return {}
         image = float(moved[slice(*spans["image"])].sum())
+        queries = spans.get("queries") or (spans["route_queries"][0], spans["speed_queries"][1])
         return {
             "image": image / total,
             "text": float(moved[slice(*spans["text"])].sum()) / total,
             "prompt": (float(moved[slice(*spans["prompt"])].sum()) - image) / total,
-            "queries": float(moved[spans["route_queries"][0] : spans["speed_queries"][1]].sum()) / total,
+            "queries": float(moved[slice(*queries)].sum()) / total,
         }

@@ -17,8 +17,9 @@ from vla_ray.explain.methods import Method, folds_of
 from vla_ray.pipelines.driver import Todo
 from vla_ray.pipelines.model_work import ModelWork
 from vla_ray.stages.capture import CaptureReplica, CaptureSpec
+from vla_ray.stages.fitting import DTYPES
 from vla_ray.stages.payloads import estimate_bytes
-from vla_ray.stages.replica import DTYPES, ModelSpec
+from vla_ray.stages.replica import ModelSpec
 from vla_ray.stages.work import Summary
 from vla_ray.storage.files import Location, free_bytes
 from vla_ray.targets import Spline, Target

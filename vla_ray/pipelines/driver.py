@@ -15,8 +15,9 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from vla_ray.config import WandbConfig
@@ -24,8 +25,8 @@ from vla_ray.data.scenes import FrameRef
 from vla_ray.errors import ClusterError, RunError, VlaRayError
 from vla_ray.pipelines.stopping import Stopped, resume_command, sigterm_stops
 from vla_ray.progress import Progress
-from vla_ray.schema import FAILED
-from vla_ray.stages.work import Summary, WorkFrame, WorkItem
+from vla_ray.schema import FAILED, METRICS
+from vla_ray.stages.work import Ref, Summary, WorkFrame, WorkItem
 from vla_ray.storage.attempts import NO_PRIOR, Prior, clear_in_flight, consolidate, forget
 from vla_ray.storage.files import Location, clean_temp
 from vla_ray.storage.lease import Lease
@@ -47,13 +48,16 @@ class Job:
         settings: every key that changes results (see RunDirectory.open).
         checkpoints: `file_identity` of the files that results depend on.
         mode: part of the output directories' names.
+        schema: of the rows.
+        unit: what its frames are called when they are counted.
+        directory: of all heavy results, relative to the run; empty: the run itself; None: one for each scene.
         names: setting -> value of what names the run on the command line, its own name last; empty: run=<run>.
     """
 
     name: str
     output_dir: str
     run: str
-    frames: Sequence[FrameRef]
+    frames: Sequence[Ref]
     targets: Sequence[str]
     mode: str
     settings: dict[str, Any]
@@ -62,6 +66,9 @@ class Job:
     max_error_rate: float = 0.05
     retry_failed: bool = False
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    schema: pa.Schema = METRICS
+    unit: str = "frames"
+    directory: str | None = None
     names: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -79,6 +86,7 @@ class Todo:
     frames: tuple[tuple[WorkFrame, tuple[str, ...]], ...]  # each with the targets it still lacks
     several_targets: bool  # in the whole run, earlier drivers' included: files need the target in their names
     pin: Callable[[str, str], None]  # RunDirectory.pin: fixes what an `auto` setting turned out to be
+    schema: pa.Schema = METRICS
 
     @property
     def rows(self) -> int:
@@ -96,6 +104,7 @@ class Todo:
         ]
 
 
+R = TypeVar("R", bound=Ref)
 Work = Callable[[Todo], Generator[Summary, None, None]]
 
 
@@ -109,6 +118,12 @@ def select(frames: Sequence[FrameRef], every: int, limit: int | None) -> list[Fr
         if position % every == 0:
             chosen.append(frame)
     return chosen[:limit]
+
+
+def spread(frames: Sequence[R], count: int) -> list[R]:
+    """This many frames, evenly over the run: the middle one of each of `count` equal parts."""
+    count = min(count, len(frames))
+    return [frames[(2 * i + 1) * len(frames) // (2 * count)] for i in range(count)]
 
 
 class Driver:
@@ -146,16 +161,19 @@ class Driver:
 
     def report_dry_run(self, facts: Sequence[str]) -> int:
         """Say what would be done. Reads the ledger, writes nothing."""
-        table = read_metrics(self.location, [*FRAME_AND_TARGET, "status"])
+        table = read_metrics(self.location, [*FRAME_AND_TARGET, "status"], self.job.schema)
         if self.job.retry_failed:
             table = table.filter(pc.not_equal(table["status"], FAILED))
         done = set(zip(*(table[name].to_pylist() for name in FRAME_AND_TARGET), strict=True))
         rows = [(f.frame_id, t) for f in self.job.frames for t in self.job.targets]
         left = sum(key not in done for key in rows)
         scenes = len({f.scene for f in self.job.frames})
+        kind = "scenes" if self.job.directory is None else "sub-datasets"
+        targets = "targets" if self.job.directory is None else "variants"
         lines = [
             f"dry run of {self.location}",
-            f"  {len(self.job.frames):,} frames in {scenes:,} scenes, targets: {', '.join(self.job.targets)}",
+            f"  {len(self.job.frames):,} {self.job.unit} in {scenes:,} {kind}, "
+            f"{targets}: {', '.join(self.job.targets)}",
             f"  {len(rows) - left:,} rows are done, {left:,} are to do",
             *(f"  {fact}" for fact in facts),
         ]
@@ -195,10 +213,10 @@ class Driver:
                 raise
 
     def _check_inputs(self) -> None:
-        """Refuse to add rows to those of other inputs under the same frame ids."""
-        if self.run.is_new:
+        """Refuse to add rows to those of other inputs under the same frame ids; a dataset's identity says it all."""
+        frames = {f.frame_id: f for f in self.job.frames if isinstance(f, FrameRef)}
+        if self.run.is_new or not frames:
             return
-        frames = {f.frame_id: f for f in self.job.frames}
         table = read_metrics(self.location, ["frame_id", "image_path", "input_speed_mps"])
         for frame_id, image, speed in zip(*(column.to_pylist() for column in table.columns), strict=True):
             frame = frames.get(frame_id)
@@ -209,7 +227,7 @@ class Driver:
                 )
 
     def _execute(self, work: Work, lease: Lease) -> int:
-        ledger = Ledger(self.location).load()
+        ledger = Ledger(self.location, self.job.schema).load()
         if self.job.retry_failed:
             forget(self.location)  # what condemned a frame then must not do so again
             logger.info("%d failed rows will be done again", ledger.drop_failed())
@@ -226,7 +244,7 @@ class Driver:
             {**self.job.settings, "targets": list(self.job.targets)},
             self._local_files(),
         )
-        progress = Progress(todo.rows, "frames" if len(self.job.targets) == 1 else "rows")
+        progress = Progress(todo.rows, self.job.unit if len(self.job.targets) == 1 else "rows")
         waiting: list[str] = []
         folded, folded_rows = time.monotonic(), 0
         with tracker:
@@ -246,22 +264,32 @@ class Driver:
         return code
 
     def _todo(self, ledger: Ledger, lease: Lease, priors: dict[str, Prior]) -> Todo:
-        scenes = dict.fromkeys(f.scene for f in self.job.frames)
-        directories = self.run.scene_dirs(scenes, self.job.mode)
+        directories = self._directories()
         frames = []
         for ref in self.job.frames:
             missing = tuple(t for t in self.job.targets if (ref.frame_id, t) not in ledger.done)
             if missing:
                 prior = priors.get(ref.frame_id, NO_PRIOR)
-                frames.append((WorkFrame(ref, directories[ref.scene].name, prior), missing))
-        self._clean_temp(directories[scene] for scene in {frame.ref.scene for frame, _ in frames})
+                frames.append((WorkFrame(ref, self._name(directories[ref.scene]), prior), missing))
+        self._clean_temp([*{frame.ref.scene: directories[frame.ref.scene] for frame, _ in frames}.values()])
         targets = {target for _, target in ledger.done} | set(self.job.targets)
-        return Todo(self.location, lease.token, tuple(frames), len(targets) > 1, self.run.pin)
+        return Todo(self.location, lease.token, tuple(frames), len(targets) > 1, self.run.pin, self.job.schema)
+
+    def _directories(self) -> dict[str, Location]:
+        """Where each scene's heavy results go."""
+        scenes = dict.fromkeys(f.scene for f in self.job.frames)
+        if self.job.directory is not None:
+            place = self.location / self.job.directory if self.job.directory else self.location
+            return dict.fromkeys(scenes, place)
+        return self.run.scene_dirs(scenes, self.job.mode)
+
+    def _name(self, directory: Location) -> str:
+        return directory.name if self.job.directory is None else self.job.directory
 
     def _clean_temp(self, directories: Iterable[Location]) -> None:
         """Remove what killed writers left half written; an object store shows nothing half written."""
         if self.location.is_local:
-            for directory in directories:
+            for directory in {str(d): d for d in directories}.values():
                 clean_temp(directory)
 
     def _finish(self, ledger: Ledger, progress: Progress | None) -> int:
@@ -270,7 +298,7 @@ class Driver:
         missing = len(keys - ledger.done)
         if missing:  # an engine that ends without a word would otherwise pass for success
             raise ClusterError(f"{missing} of {len(keys)} rows are missing although the work ended without an error.")
-        directories = self.run.scene_dirs(dict.fromkeys(f.scene for f in self.job.frames), self.job.mode)
+        directories = self._directories()
         own = (self.location, self.location / "ledger", self.location / "attempts")
         self._clean_temp([*own, *directories.values()])
         forget(self.location)  # every frame is committed: no evidence is needed any more
@@ -286,7 +314,7 @@ class Driver:
         lines = [
             f"{self.job.name} {self.job.run}: {total:,} rows{took} ({parts})",
             f"  results  {self.location}",
-            f"  metrics  {self.location / 'metrics'}  (Parquet, one row per frame and target)",
+            f"  metrics  {self.location / 'metrics'}  (Parquet, one row per {self._row})",
             f"  look     {shlex.join(['python', 'jobs/show.py', f'path={self.location}'])}",
         ]
         rate = failed / total if total else 0.0
@@ -311,11 +339,15 @@ class Driver:
             lease.check()  # a run that another driver has taken over is not ours to write to
             if blameless:
                 clear_in_flight(self.location, lease.token)
-            ledger = Ledger(self.location).load()
+            ledger = Ledger(self.location, self.job.schema).load()
             self.run.update(status=status, counts=dict(ledger.counts))
 
     def _local_files(self) -> Path:
         return self.location.local_path if self.location.is_local else Path.cwd()
+
+    @property
+    def _row(self) -> str:
+        return "frame and target" if self.job.directory is None else "sample and instruction"
 
     @property
     def resume_command(self) -> str:

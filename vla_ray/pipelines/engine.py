@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.util.metrics import Counter
@@ -20,6 +21,7 @@ from vla_ray.errors import VlaRayError
 from vla_ray.logs import setup_logging
 from vla_ray.pipelines.resources import DECODE_CPUS, Plan
 from vla_ray.pipelines.results import as_row, check_lease, read_results
+from vla_ray.schema import METRICS
 from vla_ray.stages.decode import Decoder, DecodeWorker, pack, unpack
 from vla_ray.stages.work import Loaded, Replica, Summary, Worker, WorkItem
 from vla_ray.storage.files import Location
@@ -35,6 +37,7 @@ def run_items(
     token: str,
     plan: Plan,
     name: str,
+    schema: pa.Schema = METRICS,
 ) -> Iterator[Summary]:
     """Process items on a pool of replicas; summaries arrive in the order of completion.
 
@@ -42,6 +45,7 @@ def run_items(
         decoder: None if the replicas need no pictures.
         make_replica: picklable; called once in each actor.
         name: what dashboards and logs call the actors.
+        schema: of the rows that replicas make.
 
     Raises:
         VlaRayError: one that a replica raised; ClusterError when Ray itself gave up.
@@ -57,7 +61,7 @@ def run_items(
         )
     dataset = dataset.map(
         actor,
-        fn_constructor_kwargs={"make_replica": make_replica, "run_dir": run_dir, "token": token},
+        fn_constructor_kwargs={"make_replica": make_replica, "run_dir": run_dir, "token": token, "schema": schema},
         compute=ActorPoolStrategy(size=min(plan.replicas, len(rows)), max_tasks_in_flight_per_actor=2),
         num_cpus=plan.num_cpus,
         num_gpus=plan.num_gpus,
@@ -81,12 +85,12 @@ class _Decode:
 class _ReplicaActor:
     """One process with one model."""
 
-    def __init__(self, make_replica: Callable[[], Replica], run_dir: Location, token: str) -> None:
+    def __init__(self, make_replica: Callable[[], Replica], run_dir: Location, token: str, schema: pa.Schema) -> None:
         setup_logging()
         self.refusal: VlaRayError | None = None
         try:
             check_lease(run_dir, token)
-            self.worker = Worker(make_replica(), run_dir, token)
+            self.worker = Worker(make_replica(), run_dir, token, schema)
         except VlaRayError as e:
             self.refusal = e
         self.frames = Counter("vla_ray_rows_total", "rows committed, by status", tag_keys=("status",))

@@ -12,9 +12,10 @@ from vla_ray.pipelines.captured import Captured
 from vla_ray.pipelines.driver import Todo
 from vla_ray.pipelines.model_work import ModelWork, run_without_model
 from vla_ray.stages.explain import ExplainSpec, OnlineExplainer, PayloadExplainer
+from vla_ray.stages.fitting import DTYPES
 from vla_ray.stages.payloads import estimate_bytes
 from vla_ray.stages.pixel_maps import PixelOptions
-from vla_ray.stages.replica import DTYPES, ModelSpec
+from vla_ray.stages.replica import ModelSpec
 from vla_ray.stages.work import Summary
 from vla_ray.targets import Spline, Target
 

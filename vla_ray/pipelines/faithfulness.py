@@ -21,13 +21,14 @@ from vla_ray.errors import ConfigError, RunError
 from vla_ray.evaluation.faithfulness import summarise, write_summary
 from vla_ray.explain.faithfulness.baselines import mean_map
 from vla_ray.pipelines.captured import Captured, read_captured
-from vla_ray.pipelines.driver import Driver, Job, Todo
+from vla_ray.pipelines.driver import Driver, Job, Todo, spread
 from vla_ray.report.build import build_report
 from vla_ray.schema import MAPS, OK
 from vla_ray.stages.faithfulness import Companion, FaithfulnessReplica, FaithfulnessSpec
+from vla_ray.stages.fitting import DTYPES
 from vla_ray.stages.maps import evidence_of
 from vla_ray.stages.payloads import estimate_bytes
-from vla_ray.stages.replica import DTYPES, ModelSpec
+from vla_ray.stages.replica import ModelSpec
 from vla_ray.stages.work import Summary
 from vla_ray.storage.files import Location
 from vla_ray.storage.fragments import read_rows
@@ -204,9 +205,3 @@ def _next_elsewhere(frames: Sequence[FrameRef], other_scene: bool) -> dict[str, 
         if other is not None:
             found[frame.frame_id] = other
     return found
-
-
-def spread(frames: Sequence[FrameRef], count: int) -> list[FrameRef]:
-    """This many frames, evenly over the run: the middle one of each of `count` equal parts."""
-    count = min(count, len(frames))
-    return [frames[(2 * i + 1) * len(frames) // (2 * count)] for i in range(count)]

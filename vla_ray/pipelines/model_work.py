@@ -1,4 +1,4 @@
-"""From what is left of a run to summaries, by a plan of SimLingo replicas on Ray; shared by every workload of SimLingo.
+"""From what is left of a run to summaries, by a plan of replicas on Ray; shared by every workload.
 
 Importing this loads transformers and Ray (seconds), so jobs do it only when there is work.
 """
@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 
 from vla_ray.cluster import connect
-from vla_ray.config import ClusterConfig, ModelConfig, RunConfig
+from vla_ray.config import ClusterConfig, ModelConfig, RunConfig, WorkConfig
 from vla_ray.models.simlingo.checkpoint import read_state, verify
 from vla_ray.models.simlingo.config import read_config
 from vla_ray.models.simlingo.processing import load_processor, make_tiler
 from vla_ray.pipelines.driver import Todo
 from vla_ray.pipelines.engine import run_items
-from vla_ray.pipelines.resources import make_plan
+from vla_ray.pipelines.resources import MAX_BATCH, Plan, make_plan
 from vla_ray.stages.decode import Decoder
-from vla_ray.stages.replica import DTYPES, ModelSpec
+from vla_ray.stages.fitting import DTYPES
+from vla_ray.stages.replica import ModelSpec
 from vla_ray.stages.work import Replica, Summary
 
 logger = logging.getLogger(__name__)
@@ -53,22 +55,8 @@ class ModelWork:
             frame_bytes: dtype -> working memory of one frame in a batch.
             make_replica: the model's spec -> picklable function that each actor calls once.
         """
-        config = self.config
-        with connect(config.cluster) as cluster:
-            device = self.settings.device
-            if device == "auto":
-                device = "cuda" if cluster.num_gpus >= 1 else "cpu"
-            dtype = self.dtype(device)
-            todo.pin("model.dtype", dtype)
-            plan = make_plan(
-                cluster,
-                device,
-                config.replicas,
-                config.batch_size,
-                model_bytes=self.parameters * DTYPES[dtype].itemsize,
-                frame_bytes=frame_bytes(dtype),
-                gpus_per_replica=config.gpus_per_replica,
-            )
+
+        def make(device: str, dtype: str, plan: Plan) -> Callable[[], Replica]:
             spec = ModelSpec(
                 model=self.model,
                 checkpoint=self.settings.checkpoint,
@@ -76,24 +64,78 @@ class ModelWork:
                 dtype=dtype,
                 max_new_tokens=self.settings.max_new_tokens,
                 threads=plan.threads,
-                gpu_share=min(1.0, config.gpus_per_replica),
+                gpu_share=min(1.0, self.config.gpus_per_replica),
             )
-            logger.info("%s (%s)", plan, dtype)
-            yield from run_items(
-                todo.items(plan.batch_size),
-                Decoder(make_tiler(self.model)),
-                make_replica(spec),
-                todo.location,
-                todo.token,
-                plan,
-                name,
-            )
+            return make_replica(spec)
+
+        decoder, settings = Decoder(make_tiler(self.model)), self.settings
+        size = Size(self.parameters, frame_bytes)
+        yield from run_replicas(todo, self.config, settings.device, settings.dtype, size, decoder, make, name)
 
     def dtype(self, device: str) -> str:
         """What weights and activations are kept in."""
-        if self.settings.dtype != "auto":
-            return self.settings.dtype
-        return "bfloat16" if device == "cuda" else "float32"
+        return dtype_on(device, self.settings.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How large a model is: its parameters; dtype -> working memory of one frame in a batch; the largest batch."""
+
+    parameters: int
+    frame_bytes: Callable[[str], float]
+    max_batch: int = MAX_BATCH
+
+
+def run_replicas(
+    todo: Todo,
+    config: WorkConfig,
+    device: str,
+    dtype: str,
+    size: Size,
+    decoder: Decoder,
+    make_replica: Callable[[str, str, Plan], Callable[[], Replica]],
+    name: str,
+) -> Generator[Summary, None, None]:
+    """Process what is left on as many replicas as fit.
+
+    Args:
+        device, dtype: as asked for; `auto` is decided here, and the dtype pinned for all resumes.
+        make_replica: device, dtype and plan -> picklable function that each actor calls once.
+        name: what dashboards and logs call the actors.
+    """
+    with connect(config.cluster) as cluster:
+        if device == "auto":
+            device = "cuda" if cluster.num_gpus >= 1 else "cpu"
+        dtype = dtype_on(device, dtype)
+        todo.pin("model.dtype", dtype)
+        plan = make_plan(
+            cluster,
+            device,
+            config.replicas,
+            config.batch_size,
+            model_bytes=size.parameters * DTYPES[dtype].itemsize,
+            frame_bytes=size.frame_bytes(dtype),
+            gpus_per_replica=config.gpus_per_replica,
+            max_batch=size.max_batch,
+        )
+        logger.info("%s (%s)", plan, dtype)
+        yield from run_items(
+            todo.items(plan.batch_size),
+            decoder,
+            make_replica(device, dtype, plan),
+            todo.location,
+            todo.token,
+            plan,
+            name,
+            todo.schema,
+        )
+
+
+def dtype_on(device: str, asked: str) -> str:
+    """What weights and activations are kept in."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if device == "cuda" else "float32"
 
 
 def run_without_model(

@@ -45,6 +45,7 @@ def make_plan(
     model_bytes: float,
     frame_bytes: float,
     gpus_per_replica: float = 1.0,
+    max_batch: int = MAX_BATCH,
 ) -> Plan:
     """Fill in what the user left open and refuse what does not fit.
 
@@ -53,6 +54,7 @@ def make_plan(
         replicas, batch_size: as asked for, None for automatic.
         model_bytes: weights of one replica.
         frame_bytes: working memory of one frame in a batch.
+        max_batch: how large an automatic batch may be.
 
     Raises:
         ClusterError: more GPUs, CPUs or memory asked for than the cluster has.
@@ -61,12 +63,18 @@ def make_plan(
         raise ClusterError(f"the cluster has {cluster.num_cpus:g} CPUs; at least 1 is needed.")
     budget = cluster.memory_bytes * MEMORY_SHARE if cluster.memory_bytes else math.inf
     if device == "cuda":
-        return _gpu_plan(cluster, replicas, batch_size, model_bytes, gpus_per_replica, budget)
-    return _cpu_plan(cluster, replicas, batch_size, model_bytes, frame_bytes, budget)
+        return _gpu_plan(cluster, replicas, batch_size, model_bytes, gpus_per_replica, budget, max_batch)
+    return _cpu_plan(cluster, replicas, batch_size, model_bytes, frame_bytes, budget, max_batch)
 
 
 def _gpu_plan(
-    cluster: Cluster, replicas: int | None, batch_size: int | None, model_bytes: float, gpus: float, budget: float
+    cluster: Cluster,
+    replicas: int | None,
+    batch_size: int | None,
+    model_bytes: float,
+    gpus: float,
+    budget: float,
+    max_batch: int,
 ) -> Plan:
     # A share above one half leaves no room for a second replica on the same GPU.
     possible = int(cluster.num_gpus * int(1 / gpus)) if gpus <= 1 else int(cluster.num_gpus / gpus)
@@ -80,10 +88,10 @@ def _gpu_plan(
         )
     needed = count * (REPLICA_BYTES + model_bytes + DECODERS_PER_REPLICA * DECODE_BYTES)  # weights pass through RAM
     if needed > budget:
-        raise _too_little_memory(count, batch_size or MAX_BATCH, needed, budget)
+        raise _too_little_memory(count, batch_size or max_batch, needed, budget)
     # A batch that does not fit the GPU's memory is halved while running.
     share = min(1.0, REPLICA_SHARE * cluster.num_cpus / count)
-    return Plan(count, batch_size or MAX_BATCH, round(share, 3), gpus, None, DECODERS_PER_REPLICA * count)
+    return Plan(count, batch_size or max_batch, round(share, 3), gpus, None, DECODERS_PER_REPLICA * count)
 
 
 def _cpu_plan(
@@ -93,6 +101,7 @@ def _cpu_plan(
     model_bytes: float,
     frame_bytes: float,
     budget: float,
+    max_batch: int,
 ) -> Plan:
     def needed(replicas: int, batch: int) -> float:
         return replicas * (REPLICA_BYTES + model_bytes + batch * frame_bytes + DECODERS_PER_REPLICA * DECODE_BYTES)
@@ -104,7 +113,7 @@ def _cpu_plan(
         count -= 1
     if count > cpus:
         raise ClusterError(f"replicas={count} need {count} CPUs, the cluster has {cpus:g}. Lower replicas.")
-    batch = batch_size or MAX_BATCH
+    batch = batch_size or max_batch
     while not batch_size and batch > 1 and needed(count, batch) > budget:
         batch //= 2
     if needed(count, batch) > budget:

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from vla_ray.config.train import TINY, TrainConfig
 from vla_ray.data.prepared import DOCUMENT, PreparedDataset, samples
 from vla_ray.errors import ConfigError, RunError, VlaRayError
-from vla_ray.models.paligemma.actions import ActionTokenizer
+from vla_ray.models.paligemma.actions import AUTOREGRESSIVE, ActionTokenizer
 from vla_ray.pipelines.stopping import Stopped, resume_command, sigterm_stops
 from vla_ray.storage.files import Location
 from vla_ray.storage.lease import Lease
@@ -270,5 +270,7 @@ def result_settings(config: TrainConfig) -> dict[str, Any]:
     )
     for name in (*_HARMLESS, *_IN_GLOBAL_BATCH):
         del groups["training"][name]
+    if groups["training"]["decoding"] == AUTOREGRESSIVE:
+        del groups["training"]["decoding"]  # runs from when there was no other do not say so
     flat = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
     return {**flat, "global_batch": config.global_batch}

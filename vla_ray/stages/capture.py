@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vla_ray.schema import DEGENERATE, OK
+from vla_ray.stages.fitting import DTYPES
 from vla_ray.stages.payloads import NonFiniteTarget, build_payload
-from vla_ray.stages.replica import DTYPES, ModelReplica, ModelSpec, about, failed
+from vla_ray.stages.replica import ModelReplica, ModelSpec, about, failed
 from vla_ray.stages.visit import Explained, Visit
 from vla_ray.stages.work import Loaded, Row
 from vla_ray.storage import payload as payload_file
@@ -72,7 +73,7 @@ class CaptureReplica(ModelReplica):
                 visit,
                 explained,
                 b,
-                frame.frame.ref,
+                frame.ref,
                 frame.geometry,
                 self.processor,
                 self.spline,
@@ -80,7 +81,7 @@ class CaptureReplica(ModelReplica):
             )
         except NonFiniteTarget as e:
             return failed(columns, "NonFiniteTarget", str(e))
-        path = f"{frame.frame.directory}/{self.payload_name(frame.frame.ref.stem, explained.target)}"
+        path = f"{frame.frame.directory}/{self.payload_name(frame.ref.stem, explained.target)}"
         size = payload_file.save(self.spec.run_dir / path, content)
         return {
             **columns,

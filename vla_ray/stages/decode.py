@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from vla_ray.data.images import decode_rgb
+from vla_ray.data.scenes import FrameRef
 from vla_ray.data.tiles import TileGeometry, Tiler
 from vla_ray.stages.work import Loaded, WorkFrame, WorkItem
 from vla_ray.storage.attempts import DECODE, WHOLE_ATTEMPTS, Attempts
@@ -28,6 +29,7 @@ class Decoder:
         """One frame, decoded or with the reason why not."""
         start = time.perf_counter()
         try:
+            assert isinstance(frame.ref, FrameRef)
             rgb = decode_rgb(Location.of(frame.ref.image).read_bytes(), frame.ref.image)
             tiles, geometry = self.tiler(rgb)
         except Exception as e:  # whatever a damaged file provokes is that frame's failure, not the run's
@@ -74,6 +76,7 @@ def pack(loaded: list[Loaded], tile_size: int) -> tuple[str, np.ndarray]:
             "error_type": x.error_type,
             "error": x.error,
             "decode_s": x.decode_s,
+            "columns": dict(x.columns),
         }
         for x in loaded
     ]
@@ -86,11 +89,12 @@ def unpack(item: WorkItem, notes: str, tiles: np.ndarray) -> list[Loaded]:
     """The inverse of `pack`."""
     loaded, position = [], 0
     for frame, note in zip(item.frames, json.loads(notes), strict=True):
+        rest = {"decode_s": note["decode_s"], "columns": note["columns"]}
         if note["geometry"] is None:
-            loaded.append(Loaded(frame, error_type=note["error_type"], error=note["error"], decode_s=note["decode_s"]))
+            loaded.append(Loaded(frame, error_type=note["error_type"], error=note["error"], **rest))
             continue
         geometry = TileGeometry.from_dict(note["geometry"])
         mine = tiles[position : position + geometry.num_tiles]
         position += geometry.num_tiles
-        loaded.append(Loaded(frame, mine, geometry, decode_s=note["decode_s"]))
+        loaded.append(Loaded(frame, mine, geometry, **rest))
     return loaded

@@ -16,18 +16,18 @@ from vla_ray.errors import StorageError, TargetError
 from vla_ray.explain.matrices import relevance_of, seed_row
 from vla_ray.explain.methods import Method, folds_of
 from vla_ray.explain.question import Question
-from vla_ray.schema import DEGENERATE, FAILED, MAPS, METRICS, OK, PAYLOAD_SCHEMA_VERSION
+from vla_ray.schema import DEGENERATE, FAILED, METRICS, OK, PAYLOAD_SCHEMA_VERSION
 from vla_ray.stages.capture import check_finite
-from vla_ray.stages.maps import fold_maps
+from vla_ray.stages.fitting import ends_with_its_gpu
+from vla_ray.stages.maps import fold_maps, written
 from vla_ray.stages.original_maps import original_maps
 from vla_ray.stages.payloads import NonFiniteTarget, token_spans
 from vla_ray.stages.pixel_maps import PixelOptions, pixel_maps
-from vla_ray.stages.replica import ModelReplica, ModelSpec, about, ends_with_its_gpu, failed
+from vla_ray.stages.replica import ModelReplica, ModelSpec, about, failed
 from vla_ray.stages.visit import Explained, Visit
 from vla_ray.stages.work import Loaded, Row
 from vla_ray.storage import payload as payload_file
 from vla_ray.storage.files import Location
-from vla_ray.storage.fragments import fragment_path, write_rows
 from vla_ray.storage.ledger import read_metrics
 from vla_ray.targets import Spline, Target, acting_direction
 
@@ -78,10 +78,10 @@ class OnlineExplainer(ModelReplica):
                     continue
                 rows.append({**row, "status": DEGENERATE if explained.is_degenerate(b) else OK})
                 maps += found
-        return _written(self.spec.run_dir, rows, maps)
+        return written(self.spec.run_dir, rows, maps)
 
     def _maps(self, visit: Visit, explained: Explained, b: int, frame: Loaded) -> list[Row]:
-        ref, target, value = frame.frame.ref, explained.target, float(explained.scalar_B[b])
+        ref, target, value = frame.ref, explained.target, float(explained.scalar_B[b])
         assert frame.geometry is not None
         assert frame.tiles is not None
         maps = fold_maps(
@@ -124,10 +124,10 @@ class PayloadExplainer:
                     row, found = self._explain(frame, self.targets[target])
                 rows.append(row)
                 maps += found
-        return _written(self.spec.run_dir, rows, maps)
+        return written(self.spec.run_dir, rows, maps)
 
     def _explain(self, frame: Loaded, target: Target) -> tuple[Row, list[Row]]:
-        number = self.index.get((frame.frame.ref.frame_id, target.name))
+        number = self.index.get((frame.ref.frame_id, target.name))
         if number is None:
             return self.failed(frame, target.name, "TargetError", f"{self.capture} has no row of {target.name}"), []
         captured = self.rows.slice(number, 1).to_pylist()[0]
@@ -172,13 +172,3 @@ class PayloadExplainer:
             question = Question(self.asker.model, self.asker.processor, prompt, text, target, self.spec.spline, token)
             maps += pixel_maps(self.spec.methods, question, frame.tiles, geometry, self.spec.pixels)
         return [m.row(captured["frame_id"], captured["scene"], target.name) for m in maps]
-
-
-def _written(run_dir: Location, rows: list[Row], maps: list[Row]) -> list[Row]:
-    """The rows, pointing at the table of their maps, which is on disk."""
-    if not maps:
-        return rows
-    path = fragment_path((row["frame_id"], row["target"]) for row in rows)
-    size = write_rows(run_dir / path, maps, MAPS)
-    share = size // len({(m["frame_id"], m["target"]) for m in maps})
-    return [{**row, "payload_path": path, "payload_bytes": share} if row["status"] == OK else row for row in rows]

@@ -91,7 +91,7 @@ class FaithfulnessReplica(ModelReplica):
                 rows.append(row)
                 scores += found
         for target in targets:
-            scores += self._randomised([f for f in frames if f.frame.ref.frame_id in self.spec.randomise], target)
+            scores += self._randomised([f for f in frames if f.ref.frame_id in self.spec.randomise], target)
         if not scores:
             return rows
         path = fragment_path((row["frame_id"], row["target"]) for row in rows)
@@ -100,7 +100,7 @@ class FaithfulnessReplica(ModelReplica):
         return [{**row, "payload_path": path, "payload_bytes": share} if row["status"] == OK else row for row in rows]
 
     def _score(self, frame: Loaded, target: Target) -> tuple[Row, list[Row]]:
-        ref = frame.frame.ref
+        ref = frame.ref
         if (ref.frame_id, target.name) not in self.index:
             reason = f"{self.spec.maps} has no row of {ref.frame_id} for {target.name}"
             return failed(about(frame, target), "TargetError", reason), []
@@ -114,7 +114,7 @@ class FaithfulnessReplica(ModelReplica):
             return failed(row, type(e).__name__, str(e)), []
 
     def _scores(self, frame: Loaded, target: Target, explained: Mapping[str, Any]) -> list[Row]:
-        ref, spec = frame.frame.ref, self.spec
+        ref, spec = frame.ref, self.spec
         assert frame.tiles is not None
         geometry = TileGeometry.from_dict(json.loads(explained["geometry"]))
         maps = self._maps(ref.frame_id, target.name, explained["target_scalar"], explained["payload_path"])
@@ -194,7 +194,7 @@ class FaithfulnessReplica(ModelReplica):
     def _randomised(self, frames: Sequence[Loaded], target: Target) -> list[Row]:
         """Similarity of the reference method's map to that of ever more random models, from the heads down."""
         method = METHODS[self.spec.reference]
-        known = [f for f in frames if (f.frame.ref.frame_id, target.name) in self.index]
+        known = [f for f in frames if (f.ref.frame_id, target.name) in self.index]
         good = [f for f in known if self._explained(f, target)["status"] == OK]
         # Another model would choose another token: its map would be one of another target.
         if not good or method.kind != "fold" or target.mode == "text":
@@ -211,8 +211,8 @@ class FaithfulnessReplica(ModelReplica):
                     alike = None if old is None or new is None else similarity(old, new)
                     rows.append(
                         {
-                            "frame_id": frame.frame.ref.frame_id,
-                            "scene": frame.frame.ref.scene,
+                            "frame_id": frame.ref.frame_id,
+                            "scene": frame.ref.scene,
                             "target": target.name,
                             "subject": stage.name,
                             "measure": "randomised_similarity",
@@ -225,7 +225,7 @@ class FaithfulnessReplica(ModelReplica):
         return rows
 
     def _explained(self, frame: Loaded, target: Target) -> Row:
-        row: Row = self.rows.slice(self.index[frame.frame.ref.frame_id, target.name], 1).to_pylist()[0]
+        row: Row = self.rows.slice(self.index[frame.ref.frame_id, target.name], 1).to_pylist()[0]
         return row
 
     def _reference_maps(

@@ -1,4 +1,4 @@
-"""Maps of the attention methods, and any map as a row on disk and back."""
+"""Maps of the attention methods, and any map as a row on disk and back. A batch's maps are one table."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from vla_ray.errors import TargetError
 from vla_ray.explain.folds import Relevance
 from vla_ray.explain.heatmap import HeatMap, assemble
 from vla_ray.explain.methods import Method, tiles_of
+from vla_ray.schema import MAPS, OK
+from vla_ray.storage.files import Location
+from vla_ray.storage.fragments import fragment_path, write_rows
 from vla_ray.targets import Target, acting_direction
 
 Row = dict[str, Any]
@@ -117,10 +120,20 @@ def fold_maps(
         except TargetError as e:
             raise TargetError(f"{method.name}: {e}") from e
         columns = {f"share_{part}": share for part, share in relevance.shares(fold, spans, seed_L).items()}
-        if not method.tokens:
+        if not method.tokens and fold in relevance.cls:
             columns["share_cls"] = _share(relevance.cls[fold], relevance.patches[fold])
         made.append(MadeMap(method, method.direction or acting, heat, columns))
     return made
+
+
+def written(run_dir: Location, rows: list[Row], maps: list[Row]) -> list[Row]:
+    """The rows, pointing at the table of their maps, which is on disk."""
+    if not maps:
+        return rows
+    path = fragment_path((row["frame_id"], row["target"]) for row in rows)
+    size = write_rows(run_dir / path, maps, MAPS)
+    share = size // len({(m["frame_id"], m["target"]) for m in maps})
+    return [{**row, "payload_path": path, "payload_bytes": share} if row["status"] == OK else row for row in rows]
 
 
 def _share(part: Tensor, rest: Tensor) -> float:

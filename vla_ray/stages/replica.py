@@ -6,11 +6,8 @@ A workload subclasses `ModelReplica` and says what one batch of decoded frames g
 from __future__ import annotations
 
 import json
-import logging
-import os
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +17,10 @@ from vla_ray.explain.chain import STRENGTH
 from vla_ray.models.simlingo import SimLingoConfig, load_model, load_processor
 from vla_ray.models.simlingo.processing import Prompt
 from vla_ray.schema import FAILED, KINEMATIC_COLUMNS
+from vla_ray.stages.fitting import DTYPES, Fitting, set_up_process
 from vla_ray.stages.visit import Visit
 from vla_ray.stages.work import Loaded, Row
 from vla_ray.targets import Spline, Target
-
-logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +41,12 @@ class ModelSpec:
     gpu_share: float = 1.0
 
 
-class ModelReplica:
+class ModelReplica(Fitting):
     """See stages/work.py for the protocol it serves."""
 
     def __init__(self, spec: ModelSpec, targets: Sequence[Target], spline: Spline) -> None:
-        if spec.threads:
-            torch.set_num_threads(spec.threads)
-        torch.backends.cudnn.allow_tf32 = False  # float32 is the parity mode; convolutions would round to 10 bits
-        if spec.device == "cuda" and spec.gpu_share < 1:
-            torch.cuda.set_per_process_memory_fraction(spec.gpu_share)
-        self.max_batch: int | None = None  # learnt when a batch did not fit
+        super().__init__()
+        set_up_process(spec.device, spec.threads, spec.gpu_share)
         self.model_spec, self.spline = spec, spline
         self.targets = {t.name: t for t in targets}
         self.processor = load_processor(spec.model)
@@ -69,29 +59,15 @@ class ModelReplica:
     def run(self, frames: Sequence[Loaded], targets: Sequence[Target]) -> list[Row]:
         """Rows of one batch of decoded frames, results written."""
 
-    def process(self, frames: Sequence[Loaded], targets: Sequence[str]) -> list[Row]:
-        """Rows of all frames and targets. A batch too large for the GPU's memory is halved, for good, until it fits."""
-        size = self.max_batch or len(frames)
-        if len(frames) > size:
-            parts = [frames[i : i + size] for i in range(0, len(frames), size)]
-            return [row for part in parts for row in self.process(part, targets)]
-        try:
-            with ends_with_its_gpu():
-                return self.run(frames, [self.targets[name] for name in targets])
-        except torch.cuda.OutOfMemoryError:
-            if len(frames) == 1:
-                raise
-        torch.cuda.empty_cache()  # outside the handler, where the exception no longer holds the tensors
-        self.max_batch = (len(frames) + 1) // 2
-        logger.warning("%d frames do not fit into GPU memory; from now on %d at a time", len(frames), self.max_batch)
-        return self.process(frames, targets)
+    def attempt(self, frames: Sequence[Loaded], targets: Sequence[str]) -> list[Row]:
+        return self.run(frames, [self.targets[name] for name in targets])
 
     def failed(self, frame: Loaded, target: str, error_type: str, error: str) -> Row:
         return failed(about(frame, self.targets[target]), error_type, error)
 
     def prompt(self, frame: Loaded) -> Prompt:
         """The prompt of a decoded frame."""
-        ref = frame.frame.ref
+        ref = frame.ref
         assert frame.tiles is not None
         return self.processor.prompt(len(frame.tiles), ref.speed_mps, ref.target_points, ref.question)
 
@@ -135,24 +111,9 @@ class ModelReplica:
         ]
 
 
-@contextmanager
-def ends_with_its_gpu() -> Iterator[None]:
-    """End the process when its GPU has failed (too little memory is no failure).
-
-    After an illegal access or a hardware fault every later call would fail, frame after frame.
-    """
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except torch.AcceleratorError:
-        logger.exception("the GPU failed; ending this process, its batch is tried again by a new one")
-        os._exit(1)
-
-
 def about(frame: Loaded, target: Target) -> Row:
     """The columns that every row has, failed ones included."""
-    ref = frame.frame.ref
+    ref = frame.ref
     return {
         "frame_id": ref.frame_id,
         "target": target.name,

@@ -16,17 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_ray.attention import AttentionRecorder, RelevanceTape
-from vla_ray.attention.relevance import Start, sum_series
-from vla_ray.explain.chain import STRENGTH, Seed, cross_projector, hop_scale, patch_groups, seed_of, uniform_seed
-from vla_ray.explain.folds import FIRST_HOP, FOLDS, Relevance, chains, check_folds
+from vla_ray.attention import AttentionRecorder
+from vla_ray.explain.chain import STRENGTH, Seed, patch_groups, seed_of
+from vla_ray.explain.descent import Descent, Layout
+from vla_ray.explain.folds import Relevance
 from vla_ray.models.simlingo import Processor, SimLingo
 from vla_ray.models.simlingo.model import Decision
 from vla_ray.models.simlingo.processing import Prompt, normalise
 from vla_ray.targets import Spline, Target, choose_token, kinematic_scalar, kinematic_scalars
 
 # Below this slope of y with respect to every predicted coordinate (unit of y per metre) only rounding is left to
-# explain: standstill, or a route straight to a micrometre.
+# explain: standstill, or a route straight to a micrometre. So it is with a policy's logits (unit of y per nat): one bin
+# has all of the probability.
 DEGENERATE_SLOPE = 1e-6
 
 
@@ -36,7 +37,7 @@ class Explained:
 
     Attributes:
         scalar_B: the target's value per frame; its sum was differentiated.
-        slope_B: largest |d scalar / d predicted coordinate| (action) or 1 (text).
+        slope_B: largest |d scalar / d predicted coordinate| (action) or 1 (text); of a policy, |d scalar / d logit|.
         gradients: block -> d scalar / d probabilities, [tiles or B, heads, Q, K]; empty when relevance is folded.
         relevance: tower -> fold -> relevance of its tokens, language [B, L], vision [tiles, 1 + patches]; or empty.
         rows: per frame the columns of the padded sequence that the scalar reads.
@@ -44,6 +45,7 @@ class Explained:
         finite: per frame whether value and gradient at these rows are finite.
         tokens: per frame the index of the explained generated token (text), else None.
         seconds: of the backward pass, for the whole batch.
+        pixels: d scalar / d normalised pixels, [B, 3, S, S], where they were asked for.
     """
 
     target: Target
@@ -56,6 +58,7 @@ class Explained:
     finite: tuple[bool, ...]
     tokens: tuple[int | None, ...]
     seconds: float
+    pixels: Tensor | None = None
 
     def is_degenerate(self, b: int) -> bool:
         return float(self.slope_B[b]) < DEGENERATE_SLOPE
@@ -90,44 +93,44 @@ class Visit:
         texts: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.model, self.prompts, self.strength = model, tuple(prompts), strength
-        self._folds = () if folds is None else check_folds(folds)
         counts = [len(t) for t in tiles]
         self.tile_slices = [slice(sum(counts[:b]), sum(counts[: b + 1])) for b in range(len(counts))]
         batch = processor.batch(prompts, counts, model.device)
         self._image_B = batch.ids_BP == processor.image_token_id
         towers = {"vision": model.vision, "language": model.language}
         self._recorder = AttentionRecorder(towers) if folds is None else None
-        self._tape = None if folds is None else RelevanceTape(towers, chains(self._folds))
-        watch = self._recorder or self._tape
+        self._descent = None if folds is None else Descent(towers, folds, strength)
+        watch = self._recorder if self._descent is None else self._descent.tape
         assert watch is not None
-        start = self._now()
+        start = now(model.device)
         with torch.enable_grad(), watch:
             # The graph starts here: below the patch embeddings there is no attention, and weights have no gradient.
             leaf = model.embed_patches(normalise(np.concatenate(tiles), model.device)).detach().requires_grad_()
             tokens_TNH = model.encode_patches(leaf)
-        vision_done = self._now()
+        vision_done = now(model.device)
         with torch.no_grad():
             embeds = model.embed_prompt(batch, tokens_TNH.detach(), processor.image_token_id)
             if texts is None:
                 texts = model.generate(embeds, batch.mask_BP, processor.eos_id, max_new_tokens)
             self.texts = [list(text) for text in texts]
-        generated = self._now()
+        generated = now(model.device)
         with torch.enable_grad(), watch:
             embeds = model.embed_prompt(batch, tokens_TNH, processor.image_token_id)
             self.decision: Decision = model.decide(embeds, batch.mask_BP, self.texts)
             self.scores = [self._token_scores(b) for b in range(len(self.texts))]
-        self._bottom: Tensor | None = None
-        if self._tape is not None:
-            self._bottom = self._tape.bottoms["vision"]
-            self._tape.bottoms.clear()
+        if self._descent is not None:
+            self._descent.arrive(self._layout())
         self.probabilities = {} if self._recorder is None else self._recorder.probabilities
         self.generate_s = generated - vision_done
-        self.forward_s = (vision_done - start) + (self._now() - generated)
+        self.forward_s = (vision_done - start) + (now(self.model.device) - generated)
 
-    def _now(self) -> float:
-        if self.model.device.type == "cuda":  # work is queued there, and would be charged to the next stage
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def _layout(self) -> Layout:
+        config, d = self.model.config, self.decision
+        # Image tokens lie in the prompt; the final pass has shifted it by its own padding.
+        starts = [s - (self._image_B.shape[1] - p) for s, p in zip(d.starts, d.prompt_lengths, strict=True)]
+        columns = [torch.nonzero(image).squeeze(1) + s for image, s in zip(self._image_B, starts, strict=True)]
+        groups = patch_groups(config.patch_grid, round(1 / config.downsample_ratio))
+        return Layout(tuple(self.tile_slices), tuple(columns), groups, cls=True)
 
     def _token_scores(self, b: int) -> Tensor:
         logits = self.model.token_logits(self.decision.hidden_BLH[b, self.decision.text_rows(b)])
@@ -141,7 +144,7 @@ class Visit:
 
     def explain(self, target: Target, spline: Spline, keep_graph: bool) -> Explained:
         """Differentiate one target. Frames whose value is not finite are left out of the sum (zero gradients)."""
-        start = self._now()
+        start = now(self.model.device)
         d = self.decision
         with torch.enable_grad():
             if target.mode == "action":
@@ -167,7 +170,9 @@ class Visit:
                 outer = list(torch.autograd.grad(total, inputs, retain_graph=True))
             hidden_gradient = outer[0]
             seeds = tuple(seed_of(d.hidden_BLH[b, r], hidden_gradient[b, r]) for b, r in enumerate(rows))
-            relevance = {} if self._tape is None else self._fold(hidden_gradient, rows, seeds, keep_graph)
+            relevance: dict[str, dict[str, Tensor]] = {}
+            if self._descent is not None:
+                relevance, _ = self._descent.run(d.hidden_BLH, hidden_gradient, rows, seeds, keep_graph)
         slope = torch.ones(len(values)) if trajectory is None else outer[1].abs().flatten(1).amax(1).cpu()
         finite = tuple(
             bool(torch.isfinite(v)) and math.isfinite(seed.grad_rms) for v, seed in zip(values, seeds, strict=True)
@@ -182,72 +187,8 @@ class Visit:
             seeds=seeds,
             finite=finite,
             tokens=tokens,
-            seconds=self._now() - start,
+            seconds=now(self.model.device) - start,
         )
-
-    def _fold(
-        self, gradient_BLH: Tensor, rows: Sequence[slice], seeds: Sequence[Seed], keep_graph: bool
-    ) -> dict[str, dict[str, Tensor]]:
-        """Run the unit gradient of every frame down to the patches, folding relevance on the way."""
-        assert self._tape is not None
-        assert self._bottom is not None
-        d, tape = self.decision, self._tape
-        unit = torch.zeros_like(gradient_BLH)
-        weights = torch.zeros(gradient_BLH.shape[:2], dtype=torch.float64, device=unit.device)
-        for b, (r, seed) in enumerate(zip(rows, seeds, strict=True)):
-            if 0 < seed.grad_rms < math.inf:  # nothing flows for a frame without a usable gradient
-                unit[b, r] = gradient_BLH[b, r] / seed.grad_rms  # of a size that no precision minds
-                weights[b, r] = seed.weights
-        tape.start(language=dict.fromkeys([*self._folds, FIRST_HOP], weights), vision=self._vision_seeds)
-        torch.autograd.grad(d.hidden_BLH, self._bottom, grad_outputs=unit, retain_graph=keep_graph)
-        relevance = {"language": self._summed("language"), "vision": self._summed("vision")}
-        tape.start()  # lets go of _vision_seeds: a cycle would keep this visit's whole graph until the next collection
-        return relevance
-
-    def _summed(self, tower: str) -> dict[str, Tensor]:
-        """Fold -> [B, L] or [tiles, N], series summed at the scale that the first hop asks for."""
-        assert self._tape is not None
-        rows = self._tape.rows(tower)
-        first = rows.pop(FIRST_HOP, None)
-        if first is None:
-            return rows
-        scale = self._scale(tower, first)
-        # A uniform start says nothing: of the vision tower alone, what has moved from there counts.
-        skip = 1 if tower == "vision" else 0
-        return {fold: sum_series(r, scale, skip) if r.dim() == 3 else r for fold, r in rows.items()}
-
-    def _scale(self, tower: str, first_hop: Tensor) -> Tensor:
-        """[B] or [tiles], see explain/chain.py: tiles of a frame share its scale."""
-        mass = first_hop.sum(-1)
-        if tower == "language":
-            return hop_scale(mass, len(self.model.language.model.layers), self.strength)
-        of_frames = torch.stack([mass[tiles].sum() for tiles in self.tile_slices])
-        return self._per_tile(hop_scale(of_frames, len(self.model.vision.encoder.layer), self.strength))
-
-    def _per_tile(self, values_B: Tensor) -> Tensor:
-        counts = torch.tensor([t.stop - t.start for t in self.tile_slices], device=values_B.device)
-        return values_B.repeat_interleave(counts)
-
-    def _vision_seeds(self) -> dict[str, Start]:
-        assert self._tape is not None
-        config, d = self.model.config, self.decision
-        groups = patch_groups(config.patch_grid, round(1 / config.downsample_ratio))
-        # Image tokens lie in the prompt; the final pass has shifted it by its own padding.
-        starts = [s - (self._image_B.shape[1] - p) for s, p in zip(d.starts, d.prompt_lengths, strict=True)]
-        columns = [torch.nonzero(image).squeeze(1) + s for image, s in zip(self._image_B, starts, strict=True)]
-        rows, first = self._summed("language"), self._tape.rows("language").get(FIRST_HOP)
-        scale_T = 1.0 if first is None else self._per_tile(self._scale("language", first))
-        device = d.hidden_BLH.device
-
-        def start(fold: str) -> Start:
-            # Only relevancy is a product of gradients; the other rules are linear in them, or have none.
-            scale = scale_T if FOLDS[fold].vision.rule == "product" else 1.0
-            tokens = torch.cat([row[c] for row, c in zip(rows[fold], columns, strict=True)])
-            return Start(cross_projector(tokens.view(-1, len(groups)), groups), scale)
-
-        uniform = torch.cat([uniform_seed(t.stop - t.start, groups.numel()) for t in self.tile_slices]).to(device)
-        vit = {fold: Start(uniform) for fold in (*self._folds, FIRST_HOP) if fold not in rows}
-        return vit | {fold: start(fold) for fold in self._folds if fold in rows}
 
     def seed_row(self, explained: Explained, b: int) -> Tensor:
         """Where frame `b`'s relevance starts, [L] of its own sequence, in main memory."""
@@ -257,10 +198,12 @@ class Visit:
 
     def relevance(self, explained: Explained, b: int) -> Relevance:
         """What the folds gave frame `b`, its padding cut away."""
-        start, tiles = self.decision.starts[b], self.tile_slices[b]
-        language, vision = explained.relevance["language"], explained.relevance["vision"]
-        return Relevance(
-            {fold: r[b, start:].float() for fold, r in language.items()},
-            {fold: r[tiles, 1:].float() for fold, r in vision.items()},
-            {fold: r[tiles, 0].float() for fold, r in vision.items()},
-        )
+        assert self._descent is not None
+        return self._descent.of_frame(explained.relevance, b, self.decision.starts[b])
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once all work that was given to the device is done; else it would be charged to the next stage."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

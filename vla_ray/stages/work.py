@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 
+from vla_ray.data.sample_refs import SampleRef
 from vla_ray.data.scenes import FrameRef
 from vla_ray.data.tiles import TileGeometry
 from vla_ray.errors import StorageError
+from vla_ray.schema import METRICS
 from vla_ray.storage.attempts import NO_PRIOR, WHOLE_ATTEMPTS, Attempts, Prior
 from vla_ray.storage.files import Location
 from vla_ray.storage.ledger import commit, fragment_name, read_fragment
@@ -30,13 +33,14 @@ from vla_ray.storage.ledger import commit, fragment_name, read_fragment
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+Ref: TypeAlias = FrameRef | SampleRef  # what a run goes over: frames of scenes, or samples of a dataset
 
 
 @dataclass(frozen=True, slots=True)
 class WorkFrame:
-    """A frame, the directory its payloads go to (relative to the run), and what earlier drivers saw of it."""
+    """A frame (or sample), the directory its payloads go to (relative to the run), what earlier drivers saw of it."""
 
-    ref: FrameRef
+    ref: Ref
     directory: str
     prior: Prior = NO_PRIOR
 
@@ -57,18 +61,24 @@ class WorkItem:
             {"ref": f.ref.to_dict(), "directory": f.directory, "prior": [f.prior.starts, f.prior.solo]}
             for f in self.frames
         ]
-        return json.dumps({"targets": self.targets, "frames": frames})
+        kind = "sample" if isinstance(self.frames[0].ref, SampleRef) else "frame"
+        return json.dumps({"kind": kind, "targets": self.targets, "frames": frames})
 
     @classmethod
     def from_json(cls, text: str) -> WorkItem:
         raw = json.loads(text)
-        frames = (WorkFrame(FrameRef.from_dict(f["ref"]), f["directory"], Prior(*f["prior"])) for f in raw["frames"])
+        read = SampleRef.from_dict if raw["kind"] == "sample" else FrameRef.from_dict
+        frames = (WorkFrame(read(f["ref"]), f["directory"], Prior(*f["prior"])) for f in raw["frames"])
         return cls(tuple(frames), tuple(raw["targets"]))
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A frame after decoding: tiles [T, S, S, 3] uint8 and their geometry, or the error that failed it."""
+    """A frame after decoding: tiles [T, S, S, 3] uint8 and their geometry, or the error that failed it.
+
+    Attributes:
+        columns: what its row will say of a sample, as read with it; JSON values.
+    """
 
     frame: WorkFrame
     tiles: np.ndarray | None = None
@@ -76,6 +86,19 @@ class Loaded:
     error_type: str | None = None
     error: str | None = None
     decode_s: float = 0.0
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ref(self) -> FrameRef:
+        """Of a frame of a scene."""
+        assert isinstance(self.frame.ref, FrameRef)
+        return self.frame.ref
+
+    @property
+    def sample(self) -> SampleRef:
+        """Of a sample of a dataset."""
+        assert isinstance(self.frame.ref, SampleRef)
+        return self.frame.ref
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +125,16 @@ class Worker:
     Args:
         run_dir: the run's directory.
         token: of the driver's lease; attempts are counted per driver.
+        schema: of the rows.
     """
 
-    def __init__(self, replica: Replica, run_dir: Location, token: str) -> None:
-        self.replica, self.run_dir = replica, run_dir
+    def __init__(self, replica: Replica, run_dir: Location, token: str, schema: pa.Schema = METRICS) -> None:
+        self.replica, self.run_dir, self.schema = replica, run_dir, schema
         self.attempts = Attempts(run_dir, token)
 
     def __call__(self, item: WorkItem, loaded: Sequence[Loaded]) -> Summary:
         batch_id = fragment_name(item.keys)
-        rows = read_fragment(self.run_dir, batch_id)
+        rows = read_fragment(self.run_dir, batch_id, self.schema)
         if rows is not None:  # a death between commit and report: nothing to do again
             self.attempts.finish(batch_id)
             return _summary([batch_id], rows)
@@ -132,7 +156,7 @@ class Worker:
             solo_id = fragment_name([(frame_id, target) for target in item.targets])
             # A batch of one has the batch's own name; its solo starts need one of their own.
             mark = f"{solo_id}-solo"
-            rows = read_fragment(self.run_dir, solo_id)
+            rows = read_fragment(self.run_dir, solo_id, self.schema)
             if rows is None:
                 if self.attempts.died_alone(frame_id, frame.frame.prior):
                     reason = f"the process ended each time this frame ran, last time alone ({attempt - 1} attempts)"
@@ -173,7 +197,7 @@ class Worker:
     def _commit(self, rows: list[Row], attempt: int) -> None:
         for row in rows:
             row["attempt"] = attempt
-        commit(self.run_dir, rows)
+        commit(self.run_dir, rows, self.schema)
 
 
 def _summary(fragments: list[str], rows: list[Row]) -> Summary:

@@ -27,6 +27,9 @@ from vla_ray.targets.segments import segments
 from vla_ray.targets.spline import Spline, resample_route, resample_speed
 
 Head = Literal["route", "speed"]
+# Which evidence a map should show first: what raises the scalar (a manoeuvre's energy), what lowers it (progress: a
+# red light is evidence *against* it), or what pushes it away from zero (a signed offset).
+Acts = Literal["raising", "lowering", "outward"]
 
 DT = 0.25  # seconds between two speed waypoints
 
@@ -110,18 +113,14 @@ def yaw_rate_energy(speed_wps: Tensor, dt: float = DT) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Kinematic:
-    """A scalar by name. `function` takes (points) if `head` is route, (points, dt) if it is speed.
-
-    `acts` says which evidence a map should show first: what raises the scalar (a manoeuvre's energy), what lowers it
-    (progress: a red light is evidence *against* it), or what pushes it away from zero (a signed offset).
-    """
+    """A scalar by name. `function` takes (points) if `head` is route, (points, dt) if it is speed."""
 
     name: str
     head: Head
     unit: str
     description: str
     function: Callable[..., Tensor]
-    acts: Literal["raising", "lowering", "outward"] = "raising"
+    acts: Acts = "raising"
 
 
 KINEMATICS: dict[str, Kinematic] = {
@@ -155,12 +154,6 @@ def kinematic(name: str) -> Kinematic:
         known = ", ".join(KINEMATICS)
         raise TargetError(f"unknown kinematic_metric {name!r}; known: {known}.{nearest(name, KINEMATICS)}")
     return KINEMATICS[name]
-
-
-def acting_direction(name: str, value: float) -> Literal["positive", "negative"]:
-    """Which fold shows the evidence that acts: see `Kinematic.acts`. A text token's is positive."""
-    acts = KINEMATICS[name].acts if name in KINEMATICS else "raising"
-    return "negative" if acts == "lowering" or (acts == "outward" and value < 0) else "positive"
 
 
 def kinematic_scalar(name: str, route: Tensor, speed_wps: Tensor, spline: Spline | None = None) -> Tensor:

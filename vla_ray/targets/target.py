@@ -22,7 +22,10 @@ MODES: tuple[Mode, ...] = ("action", "text")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One explained scalar: of a `head` (action), or of the token that `strategy` (and `index`) chooses (text)."""
+    """One explained scalar: of a `head` (action), or of the token that `strategy` (and `index`) chooses (text).
+
+    An action policy's has no head; `index` is the action token that it reads, None for all of an axis.
+    """
 
     name: str
     mode: Mode

@@ -53,7 +53,9 @@ def run_worker(spec: TrainSpec, workers: Workers, stream: Stream) -> None:
     state = files.load_state() if files.last.exists() else None
     if state:
         tokenizer_file.load_tokenizer(
-            Location.of(files.last) / tokenizer_file.NAME, fingerprint=spec.tokenizer.fingerprint
+            Location.of(files.last) / tokenizer_file.NAME,
+            fingerprint=spec.tokenizer.fingerprint,
+            decoding=config.training.decoding,
         )
     source = files.last if state else Path(spec.base)
     torch.manual_seed(config.training.seed)  # of adapters' first weights; the same on all workers
@@ -84,6 +86,7 @@ def load_policy(spec: TrainSpec, source: Path, workers: Workers) -> ActionPolicy
         dtype=torch.bfloat16 if workers.bfloat16 and halves_base(config) else torch.float32,
         loss_over=config.training.loss_over,
         base=_base_of(spec, source),
+        decoding=config.training.decoding,
     )
     if not config.lora.enabled:
         policy.model = lora.merged(policy.model)
@@ -113,7 +116,7 @@ def merge_best(spec: TrainSpec) -> None:
     def write(directory: Path) -> None:
         policy.save_merged(directory)
         location = Location.of(directory) / tokenizer_file.NAME
-        tokenizer_file.save_tokenizer(location, spec.tokenizer, policy.first_action_id)
+        tokenizer_file.save_tokenizer(location, spec.tokenizer, policy.first_action_id, policy.decoding)
 
     files.save_merged(write)
 
@@ -179,4 +182,5 @@ class _Hooks:
     def _write(self, directory: Path, weights: dict[str, Tensor]) -> None:
         self.policy.save(directory, weights)
         location = Location.of(directory) / tokenizer_file.NAME
-        tokenizer_file.save_tokenizer(location, self.spec.tokenizer, self.policy.first_action_id)
+        policy = self.policy
+        tokenizer_file.save_tokenizer(location, self.spec.tokenizer, policy.first_action_id, policy.decoding)

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any, TypedDict
+
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vla_ray.training.batches import MicroBatch
 
 
-def inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
+class Inputs(TypedDict):
+    """See ActionPolicy.forward."""
+
+    pixels: Tensor
+    ids: Tensor
+    mask: Tensor
+    types: Tensor
+
+
+def inputs(batch: MicroBatch, device: torch.device) -> Inputs:
     """What an ActionPolicy is called with. Pixels travel as bytes; the policy normalises them."""
-    arrays = {"pixels": batch.pixels, "ids": batch.ids, "mask": batch.mask, "types": batch.types}
-    # A copy: what arrives from a data worker is read-only memory of the object store.
-    return {name: torch.tensor(array).to(device, non_blocking=True) for name, array in arrays.items()}
+
+    def tensor(array: NDArray[Any]) -> Tensor:  # a copy: what arrives from a data worker is read-only memory
+        return torch.tensor(array).to(device, non_blocking=True)
+
+    return Inputs(
+        pixels=tensor(batch.pixels), ids=tensor(batch.ids), mask=tensor(batch.mask), types=tensor(batch.types)
+    )

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from vla_ray.config.train import TrainingConfig
+from vla_ray.data.cast.instructions import permuted
 from vla_ray.data.cast.sample import Sample
 from vla_ray.data.cast.trajectory import ade, fde, positions, still, straight
 from vla_ray.data.prepared import PreparedDataset
@@ -99,20 +100,6 @@ def validation_set(
         tuple(samples[i] for i in mine),
         median_step,
     )
-
-
-def permuted(instructions: Sequence[str], seed: int) -> list[str]:
-    """Each place gets the instruction of another one, with another text wherever there is one."""
-    order = np.random.default_rng(seed).permutation(len(instructions))
-    shuffled = [instructions[i] for i in order]
-    for place, own in enumerate(instructions):
-        if shuffled[place] != own:
-            continue
-        for other, text in enumerate(shuffled):
-            if text != own and instructions[other] != own:
-                shuffled[place], shuffled[other] = shuffled[other], shuffled[place]
-                break
-    return shuffled
 
 
 def _share(numbers: list[int], workers: Workers) -> list[int]:

@@ -23,7 +23,11 @@ class Result(Protocol):
 
 
 # Name -> the module whose `run` it is, imported when it is asked for: some need Ray, most need torch.
-BENCHES = {"relevance": "vla_ray.evaluation.benchmarks.relevance", "train": "vla_ray.pipelines.bench_train"}
+BENCHES = {
+    "relevance": "vla_ray.evaluation.benchmarks.relevance",
+    "train": "vla_ray.pipelines.bench_train",
+    "infer": "vla_ray.evaluation.benchmarks.infer",
+}
 
 
 def find_bench(name: str) -> Callable[[BenchmarkConfig], Result]:

@@ -19,6 +19,9 @@ from vla_ray.errors import CheckpointError, ConfigError
 
 MAX_BINS = 1024  # <loc0000> ... <loc1023>
 KINDS = ("quantile", "mean_std", "none")
+# One token after the other, each given those before it, or all at once at placeholders (OpenVLA-OFT, arXiv 2502.19645).
+AUTOREGRESSIVE, PARALLEL = "autoregressive", "parallel"
+DECODINGS = (AUTOREGRESSIVE, PARALLEL)
 UNITS = "waypoint_spacings"
 PROMPT_TEMPLATE = "<image>*N<bos>{instruction}\n"
 VERSION = 1

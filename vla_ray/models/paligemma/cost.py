@@ -130,6 +130,19 @@ def sharded_bytes(config: PaliGemmaConfig, workers: int, frozen: Collection[str]
     return (BYTES_TRAINED * trained + 4 * still) // workers + BYTES_AUTOCAST * (counts.embeddings + counts.projector)
 
 
+def inference_bytes(config: PaliGemmaConfig, tokens: int, itemsize: int) -> float:
+    """Working memory of one sample that is decoded, `tokens` long with its picture: keys and values, and activations
+    of one layer at a time."""
+    text: Any = config.text_config
+    vision: Any = config.vision_config
+    heads = text.num_key_value_heads * text.head_dim
+    kept = 2 * tokens * text.num_hidden_layers * heads
+    layer = tokens * (3 * text.intermediate_size + 6 * text.hidden_size)
+    patches = (vision.image_size // vision.patch_size) ** 2
+    tower = patches * (2 * vision.intermediate_size + 6 * vision.hidden_size)
+    return float(itemsize * (kept + max(layer, tower)))
+
+
 def flops_per_sample(
     config: PaliGemmaConfig, tokens: int, suffix: int = 17, frozen: Collection[str] = (), lora_rank: int = 0
 ) -> float:

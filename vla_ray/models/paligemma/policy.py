@@ -5,6 +5,9 @@ builds that mask from `token_type_ids`, and without them silently lets actions s
 them. Positions come from the mask, so that padding never changes a result. Loss and logits exist on the suffix
 alone: over a vocabulary of 257,216 anything else is gigabytes.
 
+Decoding in parallel (OpenVLA-OFT, arXiv 2502.19645), T placeholders follow the prompt and belong to it: all see each
+other, and the i-th gives the i-th action token. Batches are the same; the actions that they end in are then never read.
+
 Shapes: B samples, L tokens, T = 2H action tokens, S pixels a side, D width, K bins, V vocabulary.
 """
 
@@ -22,11 +25,13 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from vla_ray.errors import CheckpointError, ConfigError, nearest
 from vla_ray.models.paligemma import lora
-from vla_ray.models.paligemma.actions import ActionTokenizer
-from vla_ray.models.paligemma.decode import Decoded, decode
-from vla_ray.models.paligemma.inputs import normalise, positions
+from vla_ray.models.paligemma.actions import AUTOREGRESSIVE, DECODINGS, PARALLEL, ActionTokenizer
+from vla_ray.models.paligemma.decode import Decoded, Steps, decode
+from vla_ray.models.paligemma.inputs import normalise, positions, with_placeholders
 from vla_ray.models.paligemma.pretrained import load_model, quiet
-from vla_ray.models.paligemma.processing import PROCESSOR_FILES, Processor
+from vla_ray.models.paligemma.processing import PLACEHOLDERS, PROCESSOR_FILES, Processor
+from vla_ray.models.paligemma.tokenizer_file import NAME, load_decoding
+from vla_ray.storage.files import Location
 
 PARTS = ("vision", "projector", "embeddings", "language")
 LOSSES = ("vocabulary", "actions")
@@ -36,7 +41,8 @@ class PolicyOutput(NamedTuple):
     """Of one batch.
 
     Attributes:
-        loss: mean cross entropy in nats: over T actions and EOS, or for loss_over=actions over the T actions.
+        loss: mean cross entropy in nats: over T actions and EOS; for loss_over=actions, and where actions are decoded
+            in parallel, over the T actions.
         correct: how many action tokens are the likeliest of their K, given the right ones before them.
         tokens: how many action tokens there are, B * T.
     """
@@ -56,19 +62,26 @@ class ActionPolicy(nn.Module):
         num_bins: int,
         num_tokens: int,
         loss_over: str = "vocabulary",
+        placeholder_id: int | None = None,
     ) -> None:
         """Args:
         first_action_id: token of bin 0.
         num_bins: K.
         num_tokens: T.
         loss_over: vocabulary | actions; the latter spends no probability on tokens that are never decoded.
+        placeholder_id: token of the first placeholder, for a policy that decodes in parallel.
         """
         super().__init__()
         if loss_over not in LOSSES:
             raise ConfigError(f"training.loss_over={loss_over!r} is unknown; known: {', '.join(LOSSES)}.")
+        if placeholder_id is not None and num_tokens > PLACEHOLDERS:
+            raise ConfigError(
+                f"training.decoding=parallel has placeholders for {PLACEHOLDERS // 2} steps; action.num_steps is "
+                f"{num_tokens // 2}. Use training.decoding=autoregressive."
+            )
         self.model = model
         self.first_action_id, self.num_bins, self.num_tokens = first_action_id, num_bins, num_tokens
-        self.loss_over = loss_over
+        self.loss_over, self.placeholder_id = loss_over, placeholder_id
         self.directory: Path | None = None  # where the processor's files are
 
     @staticmethod
@@ -81,12 +94,17 @@ class ActionPolicy(nn.Module):
         attention: str = "sdpa",
         base: str | None = None,
         cache_dir: str | Path | None = None,
+        decoding: str | None = None,
     ) -> ActionPolicy:
         """A policy of a directory (full, merged or adapters) or of a name on the hub; see `load_model`.
 
+        Args:
+            decoding: autoregressive | parallel; None: what its tokenizers.pt says that it was trained for, or
+                autoregressive where there is none.
+
         Raises:
             CheckpointError: not found, gated, offline, not a PaliGemma, incomplete, or with another image size.
-            ConfigError: attention or loss_over unknown.
+            ConfigError: attention, loss_over or decoding unknown, or more tokens than there are placeholders.
         """
         model, directory = load_model(str(name), dtype=dtype, attention=attention, base=base, cache_dir=cache_dir)
         processor = Processor.from_directory(directory)
@@ -97,36 +115,62 @@ class ActionPolicy(nn.Module):
                 "Use the processor that belongs to the model."
             )
         rows, ids = text.vocab_size, processor.ids
-        if max(ids.eos, ids.first_action + tokenizer.num_bins) > rows or ids.image != model.config.image_token_id:
+        if (
+            max(ids.eos, ids.first_action + tokenizer.num_bins, ids.placeholder + PLACEHOLDERS) > rows
+            or ids.image != model.config.image_token_id
+        ):
             raise CheckpointError(
                 f"the tokenizer in {directory} does not fit the model: <image> is {ids.image} there and "
                 f"{model.config.image_token_id} in config.json, <loc0000> is {ids.first_action} of {rows} rows."
             )
-        policy = ActionPolicy(model, ids.first_action, tokenizer.num_bins, tokenizer.num_tokens, loss_over)
+        file = Location.of(directory) / NAME
+        if decoding is None:
+            decoding = load_decoding(file) if file.exists() else AUTOREGRESSIVE
+        if decoding not in DECODINGS:
+            raise ConfigError(f"training.decoding={decoding!r} is unknown; known: {', '.join(DECODINGS)}.")
+        placeholder = ids.placeholder if decoding == PARALLEL else None
+        policy = ActionPolicy(model, ids.first_action, tokenizer.num_bins, tokenizer.num_tokens, loss_over, placeholder)
         policy.directory = directory
         return policy
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor, types: Tensor) -> PolicyOutput:
-        """Teacher-forced loss of a batch that ends in T action tokens and EOS.
+        """Loss of a batch that ends in T action tokens and EOS: teacher-forced, or of what placeholders give.
 
         Args:
             pixels: uint8 [B, S, S, 3].
             ids, mask, types: int64 [B, L], see Processor.collate.
         """
         count, width = len(ids), self.num_tokens
-        hidden_BLD = self.hidden(pixels, ids, mask, types)
-        suffix_BTD = hidden_BLD[:, -width - 2 : -1]  # each predicts the token after it: T actions, then EOS
         labels = ids[:, -width - 1 :]
-        bins = labels[:, :-1] - self.first_action_id
+        if self.decoding == PARALLEL:
+            cut = slice(None, -width - 1)
+            asked = with_placeholders(ids[:, cut], mask[:, cut], types[:, cut], *self.placeholders)
+            suffix_BTD = self.hidden(pixels, *asked)[:, -width:]
+            labels = labels[:, :-1]
+        else:
+            # Each predicts the token after it: T actions, then EOS.
+            suffix_BTD = self.hidden(pixels, ids, mask, types)[:, -width - 2 : -1]
+        bins = labels[:, :width] - self.first_action_id
         if self.loss_over == "actions":
-            actions_BTK = self.action_logits(suffix_BTD[:, :-1])
+            actions_BTK = self.action_logits(suffix_BTD[:, :width])
             loss = functional.cross_entropy(actions_BTK.flatten(0, 1), bins.flatten())
         else:
             logits_BTV = self._softcap(self.model.lm_head(suffix_BTD).float())
             loss = functional.cross_entropy(logits_BTV.flatten(0, 1), labels.flatten())
-            actions_BTK = logits_BTV[:, :-1, self.first_action_id : self.first_action_id + self.num_bins]
+            actions_BTK = logits_BTV[:, :width, self.first_action_id : self.first_action_id + self.num_bins]
         correct = (actions_BTK.detach().argmax(-1) == bins).sum()
         return PolicyOutput(loss, correct, count * width)
+
+    @property
+    def decoding(self) -> str:
+        """How actions are given: autoregressive | parallel."""
+        return AUTOREGRESSIVE if self.placeholder_id is None else PARALLEL
+
+    @property
+    def placeholders(self) -> tuple[int, int]:
+        """The first one's token, and how many follow a prompt: T. Of a policy that decodes in parallel."""
+        assert self.placeholder_id is not None
+        return self.placeholder_id, self.num_tokens
 
     def hidden(self, pixels: Tensor, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
         """Last hidden states [B, L, D]."""
@@ -144,9 +188,18 @@ class ActionPolicy(nn.Module):
         rows = self.model.lm_head.weight[self.first_action_id : self.first_action_id + self.num_bins]
         return self._softcap(functional.linear(hidden, rows).float())
 
-    def decode(self, pixels: Tensor, ids: Tensor, mask: Tensor, types: Tensor) -> Decoded:
-        """Likeliest actions of prompts. A method, so that FSDP can gather weights for it."""
-        return decode(self, pixels, ids, mask, types)
+    def decode(
+        self,
+        pixels: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        types: Tensor,
+        noise: Tensor | None = None,
+        temperature: float = 1.0,
+        steps: Steps | None = None,
+    ) -> Decoded:
+        """Likeliest actions of prompts, and drawn ones; see `decode`. A method, so that FSDP can gather weights."""
+        return decode(self, pixels, ids, mask, types, noise, temperature, steps)
 
     def freeze(self, parts: Sequence[str]) -> None:
         """These parts learn nothing, of vision, projector, embeddings (with the head that is tied to them), language.

@@ -31,6 +31,8 @@ PROCESSOR_FILES = (
     "chat_template.jinja",
 )
 _IMAGE, _FIRST, _LAST = "<image>", "<loc0000>", f"<loc{MAX_BINS - 1:04d}>"
+PLACEHOLDERS = 128  # <seg000> ... <seg127>
+_SEG_FIRST, _SEG_LAST = "<seg000>", f"<seg{PLACEHOLDERS - 1:03d}>"
 _CACHE = 50_000  # prompts; instructions repeat within an epoch and between epochs
 # What transformers' PaliGemmaConfig takes where config.json is silent, as that of the released 3B model is.
 _IMAGE_SIZE, _PATCH_SIZE = 224, 14
@@ -47,13 +49,14 @@ def sanitise(instruction: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SpecialIds:
-    """Token ids that are no text. `first_action` is <loc0000>, bin 0."""
+    """Token ids that are no text. `first_action` is <loc0000>, bin 0; `placeholder` is <seg000>, the first of 128."""
 
     image: int
     pad: int
     bos: int
     eos: int
     first_action: int
+    placeholder: int
 
 
 class Processor:
@@ -156,7 +159,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 
 
 def _special_ids(tokenizer: Tokenizer, directory: Path) -> SpecialIds:
-    names = (_IMAGE, "<pad>", "<bos>", "<eos>", _FIRST, _LAST)
+    names = (_IMAGE, "<pad>", "<bos>", "<eos>", _FIRST, _LAST, _SEG_FIRST, _SEG_LAST)
     found = {name: number for name in names if (number := tokenizer.token_to_id(name)) is not None}
     missing = [name for name in names if name not in found]
     if missing:
@@ -164,12 +167,14 @@ def _special_ids(tokenizer: Tokenizer, directory: Path) -> SpecialIds:
             f"the tokenizer in {directory} lacks {', '.join(missing)}: it is not PaliGemma's. Give a directory that "
             "PaliGemmaProcessor.save_pretrained wrote."
         )
-    image, pad, bos, eos, first, last = found.values()
-    if last - first != MAX_BINS - 1:
-        raise CheckpointError(
-            f"the tokenizer in {directory} has {_FIRST} at {first} and {_LAST} at {last}; they must be consecutive."
-        )
-    return SpecialIds(image, pad, bos, eos, first)
+    for first, last, count in ((_FIRST, _LAST, MAX_BINS), (_SEG_FIRST, _SEG_LAST, PLACEHOLDERS)):
+        if found[last] - found[first] != count - 1:
+            raise CheckpointError(
+                f"the tokenizer in {directory} has {first} at {found[first]} and {last} at {found[last]}; they must be "
+                "consecutive."
+            )
+    image, pad, bos, eos, action, _, placeholder, _ = found.values()
+    return SpecialIds(image, pad, bos, eos, action, placeholder)
 
 
 def _image_sizes(directory: Path) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vla_ray.errors import CheckpointError
-from vla_ray.models.paligemma.actions import PROMPT_TEMPLATE, UNITS, VERSION, ActionTokenizer
+from vla_ray.models.paligemma.actions import AUTOREGRESSIVE, DECODINGS, PROMPT_TEMPLATE, UNITS, VERSION, ActionTokenizer
 from vla_ray.storage.files import Location, write_atomic
 
 NAME = "tokenizers.pt"
@@ -20,11 +20,14 @@ FORMAT = "vla_ray.action_tokenizer"
 _REMEDY = "Give the checkpoint directory that belongs to these settings, or the settings it was trained with."
 
 
-def save_tokenizer(location: Location, tokenizer: ActionTokenizer, first_action_id: int) -> None:
+def save_tokenizer(
+    location: Location, tokenizer: ActionTokenizer, first_action_id: int, decoding: str = AUTOREGRESSIVE
+) -> None:
     """Write `tokenizers.pt` at `location` (the file itself), whole or not at all.
 
     Args:
         first_action_id: token id of bin 0; see Processor.
+        decoding: how the weights have learnt to give actions, one of DECODINGS.
     """
     content = tokenizer.to_dict()
     content["action_tokenizer"]["centers"] = torch.from_numpy(tokenizer.centers())  # for other readers
@@ -37,6 +40,7 @@ def save_tokenizer(location: Location, tokenizer: ActionTokenizer, first_action_
         "prompt_template": PROMPT_TEMPLATE,
         "token_map": {"scheme": "loc", "first_id": first_action_id, "count": tokenizer.num_bins},
         "fingerprint": tokenizer.fingerprint,
+        "decoding": decoding,
     }
     stream = io.BytesIO()
     torch.save(content, stream)
@@ -50,6 +54,7 @@ def load_tokenizer(
     num_steps: int | None = None,
     first_action_id: int | None = None,
     fingerprint: str | None = None,
+    decoding: str | None = None,
 ) -> ActionTokenizer:
     """Read `tokenizers.pt`. What is given is expected of it.
 
@@ -57,22 +62,36 @@ def load_tokenizer(
         CheckpointError: not there, pickled objects, damaged, of another version, or not as expected.
     """
     content = _read(location)
-    if content.get("format") != FORMAT or content.get("version") != VERSION:
-        raise CheckpointError(
-            f"{location} is {content.get('format')!r} version {content.get('version')!r}; here {FORMAT!r} "
-            f"version {VERSION} is read. Train again, or use the version that wrote it."
-        )
     tokenizer = _tokenizer(location, content)
     found = {
         "action.vocab_size": (tokenizer.num_bins, num_bins),
         "action.num_steps": (tokenizer.num_steps, num_steps),
         "the first action token's id": (content["token_map"]["first_id"], first_action_id),
         "the fingerprint": (tokenizer.fingerprint, fingerprint),
+        "the decoding": (_decoding(location, content), decoding),
     }
     for what, (has, expected) in found.items():
         if expected is not None and has != expected:
             raise CheckpointError(f"{location} does not fit: {what} is {has} there, {expected} here. {_REMEDY}")
     return tokenizer
+
+
+def load_decoding(location: Location) -> str:
+    """How the weights beside a `tokenizers.pt` have learnt to give actions: one of DECODINGS.
+
+    Raises:
+        CheckpointError: see load_tokenizer.
+    """
+    return _decoding(location, _read(location))
+
+
+def _decoding(location: Location, content: dict[str, Any]) -> str:
+    decoding = content.get("decoding", AUTOREGRESSIVE)  # older files do not say: there was no other
+    if decoding not in DECODINGS:
+        raise CheckpointError(
+            f"{location} says decoding={decoding!r}; known: {', '.join(DECODINGS)}. Use the version that wrote it."
+        )
+    return decoding
 
 
 def _read(location: Location) -> dict[str, Any]:
@@ -88,6 +107,11 @@ def _read(location: Location) -> dict[str, Any]:
         ) from e
     if not isinstance(content, dict):
         raise CheckpointError(f"{location} holds a {type(content).__name__}, not an action tokenizer. {_REMEDY}")
+    if content.get("format") != FORMAT or content.get("version") != VERSION:
+        raise CheckpointError(
+            f"{location} is {content.get('format')!r} version {content.get('version')!r}; here {FORMAT!r} "
+            f"version {VERSION} is read. Train again, or use the version that wrote it."
+        )
     return content
 
 

@@ -1,0 +1,138 @@
+"""A policy replica: pictures in, rows out; the same whatever else is in the batch."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vla_ray.data.prepared import PreparedDataset, read_group
+from vla_ray.data.sample_refs import SampleRef, sample_refs
+from vla_ray.schema import FAILED, OK, PREDICTIONS, SKIPPED
+from vla_ray.stages.decode import pack, unpack
+from vla_ray.stages.decode_samples import SampleDecoder
+from vla_ray.stages.infer import InferSpec, PredictReplica
+from vla_ray.stages.policy import PolicySpec
+from vla_ray.stages.work import Loaded, WorkFrame, WorkItem
+from vla_ray.storage.files import Location
+
+
+@pytest.fixture(scope="module")
+def refs(corridors: Path) -> list[SampleRef]:
+    return sample_refs(PreparedDataset.open(str(corridors)), "val", limit=12, permute_seed=0)
+
+
+@pytest.fixture(scope="module")
+def loaded(refs: list[SampleRef]) -> list[Loaded]:
+    return decoded(refs)
+
+
+@pytest.fixture(scope="module")
+def replica(policy_dir: Path) -> PredictReplica:
+    return PredictReplica(InferSpec(samples=3), PolicySpec(str(policy_dir)))
+
+
+def decoded(refs: Sequence[SampleRef], keep: Location | None = None) -> list[Loaded]:
+    item = WorkItem(tuple(WorkFrame(ref, "images") for ref in refs), ("given",))
+    decoder = SampleDecoder(56, keep)
+    return unpack(item, *pack(decoder(item), decoder.tiler.image_size))  # as Ray ships them
+
+
+def numbers(row: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.array(row[name]) for name in ("predicted", "probability", "entropy", "samples")}
+
+
+def test_rows_say_what_was_asked_predicted_and_right(
+    replica: PredictReplica, loaded: list[Loaded], refs: list[SampleRef]
+) -> None:
+    rows = replica.process(loaded, ["given"])
+    assert set().union(*rows) <= set(PREDICTIONS.names)
+    assert [row["frame_id"] for row in rows] == [ref.frame_id for ref in refs]
+    for row, ref in zip(rows, refs, strict=True):
+        source = read_group(Location.of(ref.path), ref.group).to_pylist()[ref.row]
+        assert (row["status"], row["instruction"]) == (OK, source["instruction"])
+        assert (row["actions"], row["scale_m"]) == (source["actions"], source["scale_m"])
+        assert len(row["predicted"]) == len(row["probability"]) == 16
+        assert len(row["samples"]) == 3 * 16
+    error = np.array([np.subtract(row["predicted"], row["actions"]) for row in rows])
+    assert np.abs(error).mean() < 0.3  # the policy knows its corridors
+
+
+def test_a_batch_gives_what_single_samples_give(replica: PredictReplica, loaded: list[Loaded]) -> None:
+    together = replica.process(loaded, ["given", "go to the left door"])
+    alone = [row for frame in loaded for row in replica.process([frame], ["given", "go to the left door"])]
+    key = ("frame_id", "target")
+    by_key = {tuple(row[k] for k in key): row for row in alone}
+    assert len(by_key) == len(together) == 2 * len(loaded)
+    for row in together:
+        for name, value in numbers(row).items():
+            np.testing.assert_allclose(value, numbers(by_key[tuple(row[k] for k in key)])[name], atol=1e-4)
+
+
+def test_other_instructions_for_the_same_picture(replica: PredictReplica, loaded: list[Loaded]) -> None:
+    rows = replica.process(loaded, ["turn left", "turn right", "permuted", "opposite"])
+    by_variant = {v: [r for r in rows if r["target"] == v] for v in ("turn left", "turn right", "permuted", "opposite")}
+    assert [len(found) for found in by_variant.values()] == [len(loaded)] * 4
+    side = {v: np.mean([np.sum(r["predicted"][1::2]) for r in by_variant[v]]) for v in ("turn left", "turn right")}
+    assert side["turn left"] > 1 > -1 > side["turn right"]
+    assert {r["instruction"] for r in by_variant["turn left"]} == {"turn left"}
+    for frame, row in zip(loaded, by_variant["permuted"], strict=True):
+        assert row["instruction"] == frame.sample.permuted != frame.columns["instruction"]
+    skipped = [r for r in by_variant["opposite"] if r["status"] == SKIPPED]
+    assert all("predicted" not in row for row in skipped)
+    assert all(r["status"] == OK for r in by_variant["opposite"] if r not in skipped)
+
+
+def test_expected_actions_lie_between_bins(policy_dir: Path, loaded: list[Loaded], replica: PredictReplica) -> None:
+    expected = PredictReplica(InferSpec(decode="expected"), PolicySpec(str(policy_dir)))
+    a = np.array([row["predicted"] for row in expected.process(loaded, ["given"])])
+    b = np.array([row["predicted"] for row in replica.process(loaded, ["given"])])
+    centers = expected.tokenizer.centers()
+    distance = np.abs(a.reshape(-1, 2)[:, :, None] - centers[None]).min(-1)
+    assert (distance > 1e-4).mean() > 0.5
+    assert np.abs(a - b).mean() < 0.1
+
+
+def test_pictures_are_kept_once_as_jpeg(refs: list[SampleRef], tmp_path: Path) -> None:
+    run = Location.of(tmp_path)
+    first = decoded(refs[:3], run)
+    names = [f"images/{ref.image_filename}" for ref in refs[:3]]
+    assert [x.columns["image_path"] for x in first] == names
+    times = [(tmp_path / name).stat().st_mtime_ns for name in names]
+    assert Image.open(io.BytesIO((tmp_path / names[0]).read_bytes())).format == "JPEG"
+    decoded(refs[:3], run)
+    assert [(tmp_path / name).stat().st_mtime_ns for name in names] == times
+
+
+def test_what_cannot_be_read_fails_alone(
+    refs: list[SampleRef], replica: PredictReplica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = SampleRef("x", 99, "d", str(tmp_path / "gone.parquet"), 0, 0)
+    moved = SampleRef("y", 98, refs[0].dataset, refs[0].path, refs[0].group, refs[0].row)
+    good, missing, other = decoded([refs[0], gone, moved])
+    assert good.error is None
+    assert missing.error_type == "StorageError"
+    assert "made again" in (other.error or "")
+    row = replica.failed(other, "given", "DataError", "why")
+    assert (row["status"], row["error"], row["frame_id"]) == (FAILED, "why", "y")
+
+
+def test_logits_that_are_not_finite_are_no_prediction(
+    replica: PredictReplica, loaded: list[Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = replica.decode
+
+    def broken(*args: Any) -> Any:
+        found = decode(*args)
+        found.probability[1] = float("nan")
+        return found
+
+    monkeypatch.setattr(replica, "decode", broken)
+    rows = replica.process(loaded[:3], ["given"])
+    assert [row["status"] for row in rows] == [OK, FAILED, OK]
+    assert "predicted" not in rows[1]

@@ -1,0 +1,1 @@
+"""Predicted trajectories against the right ones, and whether they follow the instruction."""
