@@ -18,9 +18,10 @@ from typing import Any, TypeVar, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vla_ray.config.knobs import typed
 from vla_ray.errors import ConfigError, VlaRayError, nearest
 from vla_ray.logs import setup_logging
 
@@ -70,12 +71,10 @@ def load_config(root: Path, name: str, schema: type[T], argv: list[str]) -> T:
     OmegaConf.register_new_resolver("repo", lambda path: str(root / path), replace=True)
     home = Path(os.environ.get("VLA_RAY_ROOT") or root)
     OmegaConf.register_new_resolver("root", lambda path: str(home / path), replace=True)
-    typed = OmegaConf.structured(schema)
-    _thaw(typed)
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             values = compose(name, overrides)
-        return OmegaConf.to_object(OmegaConf.merge(typed, values))  # type: ignore[return-value]
+        return typed(schema, values)
     except (OmegaConfBaseException, HydraException) as e:
         raise _readable(e) from e
 
@@ -85,14 +84,6 @@ def _presets(group: Path, schema: type) -> list[str]:
     hint = get_type_hints(schema).get(group.name)
     known = {f.name for f in fields(hint)} if is_dataclass(hint) else set()
     return sorted(f.stem for f in group.glob("*.yaml") if set(OmegaConf.load(f)) <= known)
-
-
-def _thaw(node: DictConfig) -> None:
-    """Frozen dataclasses become read-only nodes, which is right for the result and wrong for the merge."""
-    OmegaConf.set_readonly(node, False)
-    for key in node:
-        if isinstance(child := node._get_node(key), DictConfig):
-            _thaw(child)
 
 
 def _override(arg: str, schema: type, groups: dict[str, list[str]]) -> str:

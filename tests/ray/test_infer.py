@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import pytest
 
 from vla_ray.config import InferConfig
 from vla_ray.config.infer import TrainedModelConfig
-from vla_ray.data.prepared import PreparedDataset
+from vla_ray.config.prepare import SourceDataConfig
+from vla_ray.data.prepared import PreparedDataset, samples
 from vla_ray.errors import DataError, RunError
+from vla_ray.evaluation.policy.prediction_files import read_predictions
 from vla_ray.pipelines import driver
 from vla_ray.pipelines.infer import infer, remembered
+from vla_ray.storage.files import Location
 
 pytestmark = pytest.mark.ray
 
@@ -138,6 +142,34 @@ def test_a_broken_picture_is_a_marked_row(tmp_path: Path, corridors: Path, askin
     rows = pq.read_table(tmp_path / "r/predictions.parquet").to_pylist()
     assert (rows[2]["status"], rows[2]["error_type"]) == ("failed", "ImageError")
     assert rows[2]["image_path"] is None
+
+
+def test_logs_of_a_robot_have_no_targets(
+    tmp_path: Path, corridors: Path, asking: Asking, in_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures and instructions alone, in a table that nobody has prepared."""
+    dataset = PreparedDataset.open(str(corridors))
+    file = next(f for f in dataset.files if f.split == "val")
+    lines = []
+    for i, sample in enumerate(list(samples(dataset.read_group(file, 0)))[:5]):
+        (tmp_path / f"{i}.png").write_bytes(sample.image)
+        lines.append(json.dumps({"image_path": f"{i}.png", "instruction": sample.instruction}))
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(lines))
+    monkeypatch.setattr("vla_ray.cluster.connect", lambda settings: nullcontext())
+    monkeypatch.setattr(
+        "vla_ray.pipelines.prepare_shards.prepare_shards", lambda todo, preparer, token: map(preparer, todo)
+    )
+    with in_process():
+        assert infer(asking(source=str(log), data=SourceDataConfig(cache_dir=str(tmp_path / "cache")))) == 0
+    frame = pd.read_csv(tmp_path / "r/predictions.csv")
+    assert len(frame) == 5
+    empty = [c for c in frame.columns if c.startswith(("target_", "overall_"))]
+    assert len(empty) == 1 + 16 + 4 and frame[empty].isna().all(axis=None)
+    assert not frame.drop(columns=empty).isna().any(axis=None)
+    rows = pq.read_table(tmp_path / "r/predictions.parquet").to_pylist()
+    assert [(row["actions"], row["valid"], row["status"]) for row in rows] == [(None, None, "ok")] * 5
+    assert len(read_predictions(Location.of(tmp_path / "r/predictions.parquet")).sample_id) == 5
 
 
 def test_another_horizon_is_refused(tmp_path: Path, corridors: Path, asking: Asking) -> None:

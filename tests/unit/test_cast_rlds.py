@@ -495,6 +495,7 @@ def test_actions_of_a_circle_are_the_same_at_every_step() -> None:
         {"crc": "ful"},
         {"split_by": "episode"},
         {"val_share": 1.5},
+        {"targets": "none"},
         {"scale_m": (("recon", 0.0),)},
         {"scale_m": (("recon", math.inf),)},
     ],
@@ -507,6 +508,9 @@ def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
 def test_options_and_tallies_travel_as_json() -> None:
     options = ReadOptions(horizon=4, scale_m=(("recon", 0.25), ("known", 0.0)))
     assert ReadOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
+    assert "targets" not in options.to_dict(), "documents of datasets with actions stay what they were"
+    logs = ReadOptions(targets="optional")
+    assert ReadOptions.from_dict(json.loads(json.dumps(logs.to_dict()))) == logs
     many = Tally(samples=1)
     for i in range(30):
         many.lost(f"problem {i}")

@@ -47,7 +47,7 @@ FULL = ReadOptions(crc="full")
 
 
 def read(source: str | Location, options: ReadOptions = FULL, cache: Path | None = None) -> tuple[list[Sample], Tally]:
-    shards = find_shards(source, cache)
+    shards = find_shards(source, cache, options.targets)
     tallies = [Tally() for _ in shards]
     samples = [s for shard, tally in zip(shards, tallies, strict=True) for s in read_shard(shard, options, tally)]
     return samples, Tally.total(tallies)
@@ -333,6 +333,24 @@ def test_a_cell_of_a_wrong_type_is_named(tmp_path: Path, column: str, value: Any
     with pytest.raises(DataError, match=rf"d/drives\.jsonl: row 1: {column} is .*; expected .*") as raised:
         read(str(directory))
     assert len(one_line(raised.value)) < 400
+
+
+def test_logs_have_no_actions_and_are_read_when_asked_for(tmp_path: Path) -> None:
+    log = {"image_path": "7.png", "text": "go on"}
+    nothing = [{**log, "actions": None}, {**log, "actions": []}]
+    source = jsonl(tmp_path / "d", log, *nothing, {**log, "text": " "}, PLAIN, {**PLAIN, "valid": [True] * 7 + [False]})
+    for padding, own in (("drop", [0, 0, 0, 8]), ("keep", [0, 0, 0, 8, 8])):
+        found, tally = read(str(source), ReadOptions(targets="optional", padding=padding))
+        assert [len(s.actions) for s in found] == [len(s.valid) for s in found] == own
+        assert (tally.no_language, tally.padding, tally.samples) == (1, 5 - len(own), len(own))
+    assert found[0].actions.shape == (0, 2) and found[0].actions.dtype == np.float32
+    with pytest.raises(DataError, match=r"lacks the columns actions or action; .*targets=optional") as raised:
+        read(str(source))
+    one_line(raised.value)
+    with pytest.raises(DataError, match="row 1: actions are None"):
+        read(str(jsonl(tmp_path / "other", PLAIN, nothing[0])))
+    with pytest.raises(DataError, match="row 0: actions are"):
+        read(str(jsonl(tmp_path / "wrong", {**log, "actions": "left"})), ReadOptions(targets="optional"))
 
 
 def test_cells_that_say_the_same_in_another_way(tmp_path: Path) -> None:

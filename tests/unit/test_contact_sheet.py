@@ -89,6 +89,14 @@ def test_standing_still_is_said() -> None:
     assert (still[100:136, 84:120].sum(-1) < 150).any(), "a word beside the robot"
 
 
+def test_without_actions_nobody_stays() -> None:
+    empty = np.zeros((0, 2), np.float32)
+    log, stop, go = plans([sample(empty), sample([(0.0, 0.0)] * 8), sample()])
+    assert not np.array_equal(log, stop)
+    assert not len(route(log)) and len(route(go))
+    plans([sample(empty)])
+
+
 def test_every_sample_has_a_card() -> None:
     colors = [(10 + 30 * k, 40, 200 - 20 * k) for k in range(8)]
     page = np.asarray(contact_sheet([sample(image=picture(color)) for color in colors], columns=3))

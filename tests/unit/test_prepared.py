@@ -23,6 +23,7 @@ from vla_ray.stages import prepare
 from vla_ray.stages.dataset_document import build_document
 from vla_ray.stages.prepare import ShardPreparer, ShardRecord
 from vla_ray.storage.files import Location, write_json
+from vla_ray.training.spec import check_actions
 
 OPTIONS = ReadOptions()
 TRAIN = Shard("paths", "train", "paths-train-0", "table", "/nowhere/train.parquet", "1")
@@ -259,6 +260,29 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(StorageError, match=r"paths-train-0\.parquet"):
         dataset.read_group(dataset.files[0], 0)
+
+
+def test_samples_without_actions(tmp_path: Path) -> None:
+    """Logs of a robot, to predict for."""
+    log = sample(0, actions=np.zeros((0, 2), np.float32), valid=np.zeros(0, bool))
+    location, options = Location.of(tmp_path), ReadOptions(targets="optional")
+    for found, lacking, said in (
+        ([log], 1, "actions: none"),
+        ([log, sample(3), sample(6)], 1, "median step"),
+        ([sample(3)], 0, "median step"),
+    ):
+        record = ShardPreparer(location, options, 4, FakeReader(found))(TRAIN)
+        write_json(location / "dataset.json", build_document([record], "/nowhere", options))
+        dataset = PreparedDataset.open(location)
+        assert dataset.without_actions("train") == lacking
+        assert all(map(same, samples(dataset.read_group(dataset.files[0], 0)), found))
+        assert said in "\n".join(dataset_table(dataset.document))
+        if lacking:
+            with pytest.raises(DataError, match=rf"1 of the {len(found)} samples of .* have no actions") as e:
+                check_actions(dataset, "train")
+            assert "\n" not in str(e.value)
+        else:
+            check_actions(dataset, "train")
 
 
 def test_empty_tables() -> None:

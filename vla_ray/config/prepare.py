@@ -57,6 +57,7 @@ class PrepareConfig:
     split_by: str = knob("source", "source | recording: train and val share no recording, decided by a hash")
     val_share: float = knob(0.05, "of the recordings, for split_by=recording")
     row_group: int = knob(64, "samples of a Parquet row group: what a reader reads at once")
+    targets: str = knob("required", "tables without actions, as logs of a robot: required (refused) | optional (kept)")
     max_error_rate: float = knob(0.05, "with a larger share of corrupt records the job exits with 1")
     pictures: int = knob(3000, "for source=synthetic: pictures to train on")
     val_pictures: int = knob(200, "for source=synthetic: pictures to validate on")
@@ -71,6 +72,7 @@ class PrepareConfig:
         choose("padding", self.padding, ("drop", "keep"))
         choose("crc", self.crc, ("none", "header", "full"))
         choose("split_by", self.split_by, ("source", "recording"))
+        choose("targets", self.targets, ("required", "optional"))
         for name in ("every", "row_group", "pictures", "val_pictures"):
             at_least(name, getattr(self, name), 1)
         for name in ("val_share", "max_error_rate"):

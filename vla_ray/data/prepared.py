@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vla_ray.data.cast.sample import Sample
+from vla_ray.data.cast.shards import REQUIRED
 from vla_ray.data.cast.statistics import ActionStatistics
 from vla_ray.errors import DataError
 from vla_ray.schema import SAMPLES
@@ -101,6 +102,12 @@ class PreparedDataset:
     def rows(self, split: str) -> int:
         """Number of samples of a split; 0 for one that does not exist."""
         return sum(file.rows for file in self.files if file.split == split)
+
+    def without_actions(self, split: str) -> int:
+        """Number of samples of a split that have none (logs of a robot), in a dataset without padded ones."""
+        if self.document["options"].get("targets", REQUIRED) == REQUIRED:
+            return 0
+        return self.rows(split) - self.statistics[split].count // self.horizon
 
     def read_group(self, file: PreparedFile, group: int, columns: Sequence[str] | None = None) -> pa.Table:
         """One row group, of schema SAMPLES or of some of its columns. StorageError if the file cannot be read."""

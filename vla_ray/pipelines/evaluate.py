@@ -19,11 +19,12 @@ from vla_ray.data.patterns import expand
 from vla_ray.errors import ConfigError, DataError, RunError
 from vla_ray.evaluation.bootstrap import Estimate
 from vla_ray.evaluation.policy.compare import compare_predictions
-from vla_ray.evaluation.policy.evaluate import evaluate_predictions
+from vla_ray.evaluation.policy.evaluate import Evaluation, evaluate_predictions
 from vla_ray.evaluation.policy.prediction_files import read_predictions
 from vla_ray.evaluation.policy.predictions import Predictions
 from vla_ray.evaluation.policy.summary import PlainTable
 from vla_ray.pipelines.predicted import read_predicted
+from vla_ray.report.policy_build import build_policy_report
 from vla_ray.stages.predictions import CSV
 from vla_ray.storage.files import Location, read_json
 from vla_ray.tracking import make_tracker
@@ -43,18 +44,26 @@ def evaluate(config: EvaluateConfig) -> int:
     places = found(config.results or ())
     if len(places) > 1:
         return _compare(config, places)
-    predictions = read_predictions(places[0])
-    home = predictions.location.parent
+    home = read_predictions(places[0]).location.parent
     if config.counterfactual:
-        predictions = predictions.with_variants(read_predictions(ask_otherwise(config, home)))
-    result = evaluate_predictions(predictions, home / EVALUATION, config.counterfactual)
+        ask_otherwise(config, home)
+    result = measure(places[0])
     sys.stdout.write(f"{result.text}\n  report   {home / EVALUATION}\n")
     if config.report:
-        from vla_ray.report.policy_build import build_policy_report
-
         sys.stdout.write(f"  page     {build_policy_report(result)}  (open it in a browser)\n")
-    _track(config, [predictions], result.tables, {} if result.summary is None else result.summary.estimates[""])
+    means = {} if result.summary is None else result.summary.estimates[""]
+    _track(config, [result.predictions], result.tables, means)
     return 0
+
+
+def measure(place: Location) -> Evaluation:
+    """Evaluate predictions into evaluation/ beside them, with the counterfactual ones of their run, if it has any."""
+    predictions = read_predictions(place)
+    home = predictions.location.parent
+    otherwise = home / COUNTERFACTUAL / CSV
+    if otherwise.exists():
+        predictions = predictions.with_variants(read_predictions(otherwise))
+    return evaluate_predictions(predictions, home / EVALUATION, counterfactual=bool(predictions.variants))
 
 
 def _compare(config: EvaluateConfig, places: Sequence[Location]) -> int:
@@ -85,7 +94,7 @@ def found(results: Sequence[str]) -> list[Location]:
     return places
 
 
-def ask_otherwise(config: EvaluateConfig, run: Location) -> Location:
+def ask_otherwise(config: EvaluateConfig, run: Location) -> None:
     """Predict with permuted, opposite and atomic instructions, with the policy and on the samples of an inference run.
 
     Raises:
@@ -118,7 +127,6 @@ def ask_otherwise(config: EvaluateConfig, run: Location) -> Location:
     code = infer(wanted)
     if code:
         raise RunError(f"counterfactual predictions ended with exit code {code}; the lines above say why.")
-    return run / COUNTERFACTUAL / CSV
 
 
 def newest_predictions(output_dir: str) -> str | None:

@@ -15,12 +15,12 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from vla_ray.config import InferConfig, PrepareConfig, resolve_path
+from vla_ray.config.knobs import kept
 from vla_ray.config.prepare import ActionStepsConfig
 from vla_ray.config.train import TINY
 from vla_ray.data.prepared import DOCUMENT, PreparedDataset
@@ -50,10 +50,10 @@ def remembered(config: InferConfig) -> InferConfig:
     """
     if config.run is None:
         return config
-    kept = (Location.of(config.output_dir) / config.run / "config.yaml").try_read_bytes()
-    if kept is None:
+    text = (Location.of(config.output_dir) / config.run / "config.yaml").try_read_bytes()
+    if text is None:
         return config
-    before: Any = OmegaConf.create(kept.decode())
+    before = kept(InferConfig, text)
     if config.model.name == TINY:
         config = replace(config, model=replace(config.model, name=before.model.name))
     return config if config.source else replace(config, source=before.source)
@@ -136,6 +136,7 @@ def _prepared(config: InferConfig, num_steps: int) -> Location:
         source=config.source,
         output_dir=f"{config.data.cache_dir}/prepared",
         name=name,
+        targets="optional",  # logs of a robot have none
         action=ActionStepsConfig(num_steps),
         data=config.data,
         cluster=config.cluster,

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from vla_ray.config import InferConfig
+from vla_ray.config.knobs import kept
 from vla_ray.data.prepared import DOCUMENT, PreparedDataset
 from vla_ray.data.sample_refs import SampleRef, sample_refs
 from vla_ray.errors import RunError
@@ -70,12 +69,10 @@ def read_predicted(location: Location) -> Predicted:
     Raises:
         RunError: there is none, or it is of another kind.
     """
-    document, kept = read_json(location / "run.json"), (location / "config.yaml").try_read_bytes()
-    if document is None or kept is None:
+    document, config = read_json(location / "run.json"), (location / "config.yaml").try_read_bytes()
+    if document is None or config is None:
         raise RunError(f"there is no run at {location}. Predict first: python jobs/infer.py run={location.name}")
     job = document.get("settings", {}).get("job")
     if job != "infer":
         raise RunError(f"{location} is a run of {job}, not of infer. Give the run=NAME of a run of jobs/infer.py.")
-    typed: Any = OmegaConf.merge(OmegaConf.structured(InferConfig), OmegaConf.create(kept.decode()))
-    config: InferConfig = OmegaConf.to_object(typed)  # type: ignore[assignment]
-    return Predicted(location, config, document)
+    return Predicted(location, kept(InferConfig, config), document)

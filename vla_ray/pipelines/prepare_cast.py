@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from vla_ray.config import PrepareConfig, resolve_path
 from vla_ray.config.prepare import SYNTHETIC
 from vla_ray.data.cast.hub import download, is_hub_id
-from vla_ray.data.cast.shards import ReadOptions, Shard
+from vla_ray.data.cast.shards import REQUIRED, ReadOptions, Shard
 from vla_ray.data.cast.source import find_shards, read_shard
 from vla_ray.data.prepared import DOCUMENT
 from vla_ray.errors import ClusterError, ConfigError, DataError, RunError, VlaRayError
@@ -80,6 +80,7 @@ class Preparation:
             split_by=config.split_by,
             val_share=config.val_share,
             scale_m=config.data.scales,
+            targets=config.targets,
         )
         self.run = RunDirectory.open(
             config.output_dir,
@@ -233,7 +234,7 @@ class Preparation:
             *dataset_table(document),
             "",
             f"  dataset  {self.location}",
-            f"  train    {shlex.join(['python', 'jobs/train.py', f'data.path={self.location}'])}",
+            self._next_step(document),
             f"  look     {shlex.join(['python', 'jobs/show.py', f'path={self.location}'])}",
         ]
         sys.stdout.write("\n".join(lines) + "\n")
@@ -246,6 +247,11 @@ class Preparation:
                 logger.error("%.1f %% of the %s are corrupt, max_error_rate is %.1f %%", 100 * bad / of, what, limit)
                 return 1
         return 0
+
+    def _next_step(self, document: dict[str, Any]) -> str:
+        if any(statistics["count"] for statistics in document["statistics"].values()):
+            return f"  train    {shlex.join(['python', 'jobs/train.py', f'data.path={self.location}'])}"
+        return f"  predict  {shlex.join(['python', 'jobs/infer.py', f'source={self.location}'])}"
 
     def _end(self, lease: Lease, status: str, records: dict[str, ShardRecord]) -> None:
         """Leave a run that can be resumed, as far as the storage still works."""
@@ -275,7 +281,7 @@ class Preparation:
         path = self.source.given
         if self.source.is_hub:
             path = str(download(self.source.given, Path(self.config.data.cache_dir)))
-        return find_shards(path, Path(self.config.data.cache_dir))
+        return find_shards(path, Path(self.config.data.cache_dir), self.options.targets)
 
     def _manifest(self) -> str:
         return manifest_fingerprint((shard.to_dict() for shard in self.shards), ())
@@ -293,6 +299,8 @@ class Preparation:
         }
         if self.options.split_by == "recording":
             settings["val_share"] = self.options.val_share
+        if self.options.targets != REQUIRED:
+            settings["targets"] = self.options.targets
         if self.source.given == SYNTHETIC:
             settings |= {"pictures": self.config.pictures, "val_pictures": self.config.val_pictures}
         return settings

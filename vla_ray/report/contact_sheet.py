@@ -68,9 +68,9 @@ def _metres(samples: Sequence[Sample]) -> str:
 
 def _scale(samples: Sequence[Sample]) -> tuple[float, float]:
     """How far forward a plan reaches, and the step of its grid, in units: so that every path fits into every plan."""
-    ways = np.concatenate([positions(s.actions) for s in samples])
+    ways = np.concatenate([np.zeros((1, 2)), *(positions(s.actions) for s in samples)])
     x, y = ways[:, 0], np.abs(ways[:, 1])
-    ahead, behind = max(0.0, float(x.max())), max(0.0, float(-x.min()))
+    ahead, behind = float(x.max()), float(-x.min())
     reach = max(1.0, 1.08 * ahead, 1.25 * behind * (1 - _BEHIND) / _BEHIND, 2.16 * float(y.max()) * (1 - _BEHIND))
     tenth = 10.0 ** math.floor(math.log10(reach / _LINES))
     return reach, next(tenth * k for k in (1, 2, 5, 10) if tenth * k * _LINES >= reach)
@@ -126,5 +126,6 @@ def _plan(actions: NDArray[np.float32], reach: float, step: float) -> Image.Imag
     if np.abs(way).max() > 0.5 / unit:
         mark_route(plan, [(*place(x, y), _DOT) for x, y in way.tolist()])
     else:
-        pen.text((u + 12, v + 3), "stays", fill=INK, font=font(_LETTERS - 2), anchor="ls")
+        words = "stays" if len(actions) else "no actions"
+        pen.text((u + 12, v + 3), words, fill=INK, font=font(_LETTERS - 2), anchor="ls")
     return plan

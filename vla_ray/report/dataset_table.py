@@ -46,6 +46,9 @@ def _recordings(document: Mapping[str, Any]) -> Iterator[str]:
 
 def _actions(document: Mapping[str, Any]) -> Iterator[str]:
     yield ""
+    if not any(s["count"] for s in document["statistics"].values()):
+        yield "  actions: none, so there is nothing to learn or to measure; a policy can predict them"
+        return
     yield f"  actions: {document['horizon']} steps in {document['units']}"
     for split, s in document["statistics"].items():
         if not s["count"]:

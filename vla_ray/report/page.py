@@ -8,50 +8,42 @@ index.html is written last and an older one is removed first: a report is whole 
 
 from __future__ import annotations
 
-import html
-import io
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vla_ray.data.camera import Camera
-from vla_ray.data.images import decode_rgb
-from vla_ray.errors import ImageError, StorageError, TargetError
-from vla_ray.explain.heatmap import FloatArray, HeatMap
-from vla_ray.report.page_data import colour_tables, quantised, safe_json, scale_of
+from vla_ray.errors import ImageError, StorageError
+from vla_ray.report.page_data import safe_json, scale_of
+from vla_ray.report.page_parts import (
+    CHUNK_CHARS,
+    WRITERS,
+    Figure,
+    MapKey,
+    MapValues,
+    ShownMap,
+    Table,
+    chunk_script,
+    common_index,
+    figure_file,
+    fill_template,
+    map_entries,
+    map_name,
+    map_values,
+    small_copy,
+)
 from vla_ray.storage.files import Location, write_atomic
 from vla_ray.targets import KINEMATICS
 
+__all__ = ["Figure", "ShownFrame", "ShownMap", "ShownTarget", "Table", "write_page"]
+
 logger = logging.getLogger(__name__)
 
-PICTURE_WIDTH = 960  # pixels; wider pictures are scaled down
-JPEG_QUALITY = 85
-CHUNK_FRAMES, CHUNK_CHARS = 64, 4_000_000  # a chunk of map data ends at whichever comes first
-SIGNED = "signed"
-_WRITERS = 8  # threads that decode, shrink and write pictures
-
-
-@dataclass(frozen=True, slots=True)
-class ShownMap:
-    """One heat map. Only a `signed` one keeps its negative values.
-
-    Attributes:
-        direction: what the map shows of the target: positive | negative | signed | none.
-        shares: of the language model's relevance: image, text, prompt, queries; may be empty.
-    """
-
-    target: str
-    method: str
-    direction: str
-    map: HeatMap
-    shares: Mapping[str, float]
+CHUNK_FRAMES = 64  # a chunk of map data ends here, or at CHUNK_CHARS
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,25 +83,6 @@ class ShownFrame:
     maps: Sequence[ShownMap]
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A further table, shown under Results."""
-
-    title: str
-    note: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str | float | int | None]]
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A further figure, shown under Results."""
-
-    title: str
-    note: str
-    png: bytes
-
-
 def write_page(
     directory: Location,
     title: str,
@@ -142,15 +115,9 @@ def write_page(
     if book.unread:
         logger.warning("%d pictures are missing in the report; the first: %s", len(book.unread), book.unread[0])
     for number, figure in enumerate(figures):
-        write_atomic(directory / f"figures/{number}.png", figure.png)
-    index = {
-        "facts": list(facts.items()),
-        "colours": colour_tables(),
-        "tables": [{"title": t.title, "note": t.note, "columns": t.columns, "rows": t.rows} for t in tables],
-        "figures": [{"title": f.title, "note": f.note, "file": f"figures/{n}.png"} for n, f in enumerate(figures)],
-        **book.index(),
-    }
-    write_atomic(index_file, _fill_template(title, index).encode())
+        write_atomic(directory / figure_file(number), figure.png)
+    index = {**common_index(facts, tables, figures), **book.index()}
+    write_atomic(index_file, fill_template("page.html", title, index))
     return len(book.frames)
 
 
@@ -177,16 +144,16 @@ class _Book:
         }
 
     def add_scene(self, scene: str, frames: Sequence[ShownFrame]) -> None:
-        with ThreadPoolExecutor(_WRITERS) as pool:
+        with ThreadPoolExecutor(WRITERS) as pool:
             sizes = list(pool.map(lambda frame: self._picture(scene, frame), frames))
-        maps = [_combined(frame) for frame in frames]
+        maps = [map_values(frame.frame_id, frame.maps) for frame in frames]
         scales = _scene_scales(maps)
         entry = {
             "name": scene,
             "first": len(self.frames),
             "count": len(frames),
             "range": _range(frames),
-            "scales": {f"{target}\n{method}": scale for (target, method), scale in scales.items()},
+            "scales": {map_name(key): scale for key, scale in scales.items()},
         }
         geometry = next((m.map.geometry for frame in frames for m in frame.maps), None)
         chunk: list[str] = []
@@ -225,9 +192,7 @@ class _Book:
         ]
 
     def _write_chunk(self, frames: Sequence[str]) -> None:
-        # First this file's number, then its frames in the order of the index.
-        content = f"vlaRayChunk({self.chunks},[{','.join(frames)}]);\n"
-        write_atomic(self.directory / f"data/{self.chunks}.js", content.encode())
+        write_atomic(self.directory / f"data/{self.chunks}.js", chunk_script(self.chunks, frames))
         self.chunks += 1
 
     def _picture(self, scene: str, frame: ShownFrame) -> tuple[int, int] | None:
@@ -235,46 +200,24 @@ class _Book:
         if frame.image is None:
             return None
         try:
-            rgb_HW3 = decode_rgb(frame.image.read_bytes(), str(frame.image))
+            content, size = small_copy(frame.image)
         except (ImageError, StorageError) as error:
             self.unread.append(str(error))
             return None
-        height, width = rgb_HW3.shape[:2]
-        image = Image.fromarray(rgb_HW3)
-        if width > PICTURE_WIDTH:
-            small = (PICTURE_WIDTH, max(1, round(height * PICTURE_WIDTH / width)))
-            image = image.resize(small, Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-        write_atomic(self.directory / f"images/{scene}/{frame.stem}.jpg", buffer.getvalue())
-        return width, height
+        write_atomic(self.directory / f"images/{scene}/{frame.stem}.jpg", content)
+        return size
 
 
 # Maps ----------------------------------------------------------------------------------------------------------
 
-_Values = dict[tuple[str, str], FloatArray]  # by (target, method), on one canvas, thumbnail included
 
-
-def _combined(frame: ShownFrame) -> _Values:
-    values: _Values = {}
-    for shown in frame.maps:
-        what = f"the map of {frame.frame_id} for {shown.target} by {shown.method}"
-        if (shown.target, shown.method) in values:
-            raise TargetError(f"{what} is given twice; give one map for each target and method.")
-        grid = shown.map.combined().values
-        if not np.isfinite(grid).all():
-            raise TargetError(f"{what} has {int((~np.isfinite(grid)).sum())} values that are not finite.")
-        values[shown.target, shown.method] = grid if shown.direction == SIGNED else np.maximum(grid, 0)
-    return values
-
-
-def _scene_scales(maps: Sequence[_Values]) -> dict[tuple[str, str], float]:
+def _scene_scales(maps: Sequence[MapValues]) -> dict[MapKey, float]:
     keys = dict.fromkeys(key for values in maps for key in values)
     return {key: scale_of(np.concatenate([v[key].ravel() for v in maps if key in v])) for key in keys}
 
 
 def _details(
-    frame: ShownFrame, size: tuple[int, int] | None, values: _Values, scales: Mapping[tuple[str, str], float]
+    frame: ShownFrame, size: tuple[int, int] | None, values: MapValues, scales: Mapping[MapKey, float]
 ) -> dict[str, Any]:
     """What data/<n>.js holds of a frame."""
     lines: dict[str, Any] = {}
@@ -282,15 +225,7 @@ def _details(
         points = np.asarray(points, np.float64).reshape(-1, 2)
         lines[name] = np.round(points, 3).tolist()
         lines[f"{name}_px"] = [] if size is None else np.round(frame.camera.project(points, *size), 1).tolist()
-    maps = {}
-    for shown in frame.maps:
-        key = shown.target, shown.method
-        maps["\n".join(key)] = {
-            **quantised(values[key], shown.direction == SIGNED, scales[key]),
-            "direction": shown.direction,
-            "shares": dict(shown.shares),
-        }
-    return {**lines, "maps": maps}
+    return {**lines, "maps": map_entries(frame.maps, values, scales)}
 
 
 def _range(frames: Iterable[ShownFrame]) -> list[float]:
@@ -298,19 +233,3 @@ def _range(frames: Iterable[ShownFrame]) -> list[float]:
     points = np.concatenate([np.asarray(p, float).reshape(-1, 2) for f in frames for p in (f.route, f.speed_wps)])
     points = np.concatenate([points[np.isfinite(points).all(1)], np.zeros((1, 2))])
     return [float(points[:, 0].min()), float(points[:, 0].max()), float(np.abs(points[:, 1]).max())]
-
-
-# The page ------------------------------------------------------------------------------------------------------
-
-
-def _fill_template(title: str, index: Mapping[str, Any]) -> str:
-    assets = resources.files("vla_ray.report") / "assets"
-    parts = {
-        "title": html.escape(title),
-        "style": (assets / "page.css").read_text(),
-        "table_code": (assets / "table.js").read_text(),
-        "page_code": (assets / "page.js").read_text(),
-        "index": safe_json(index),
-    }
-    # In one pass: what is filled in may look like a marker.
-    return re.sub(r"@@(\w+)@@", lambda match: parts[match[1]], (assets / "page.html").read_text())

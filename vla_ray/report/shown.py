@@ -94,14 +94,15 @@ def _frame(
             for row in rows
         ],
         maps=[
-            ShownMap(m["target"], m["method"], m["direction"], read_map(m), _shares(m))
+            ShownMap(m["target"], m["method"], m["direction"], read_map(m), shares(m))
             for row in rows
             for m in maps.get((row["frame_id"], row["target"]), ())
         ],
     )
 
 
-def _shares(row: Mapping[str, Any]) -> dict[str, float]:
+def shares(row: Mapping[str, Any]) -> dict[str, float]:
+    """Of a row of MAPS: where the language model's relevance lies."""
     return {part: row[f"share_{part}"] for part in SHARES if row[f"share_{part}"] is not None}
 
 

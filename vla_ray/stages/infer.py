@@ -114,7 +114,7 @@ def about(frame: Loaded, variant: str) -> Row:
         "number": sample.number,
         "dataset": sample.dataset,
         **columns,
-        "actions": columns.get("actions") or None,  # a log of a robot that nobody steered has none
+        **{name: columns.get(name) or None for name in ("actions", "valid")},  # logs of a robot have none
         "instruction": own if variant == GIVEN else sample.instruction(variant, own),
         "decode_s": frame.decode_s,
     }

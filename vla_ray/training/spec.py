@@ -62,6 +62,17 @@ def groups_of(dataset: PreparedDataset, split: str) -> tuple[Group, ...]:
     )
 
 
+def check_actions(dataset: PreparedDataset, split: str) -> None:
+    """DataError if samples of a split have none, as logs of a robot. The dataset has no padded samples."""
+    lacking = dataset.without_actions(split)
+    if lacking:
+        raise DataError(
+            f"{lacking:,} of the {dataset.rows(split):,} samples of the split {split!r} of {dataset.location} have no "
+            "actions, so they cannot be learnt or validated on. Give another dataset, or prepare one of samples with "
+            "actions, with targets=required; jobs/infer.py predicts for the others."
+        )
+
+
 def fit_tokenizer(
     action: ActionConfig,
     dataset: PreparedDataset,
@@ -76,7 +87,7 @@ def fit_tokenizer(
         known: what the model that training starts from has learnt; its tokens keep their meaning.
 
     Raises:
-        DataError: the split is empty, or its samples have another number of steps.
+        DataError: the split is empty, its samples have another number of steps, or no actions.
         ConfigError: the bounds cut off more than `max_clip_rate` of the actions.
     """
     if not dataset.rows(split):
@@ -94,6 +105,7 @@ def fit_tokenizer(
             f"{dataset.location} was prepared with padding=keep: a policy would learn to stop where a recording ends. "
             "Prepare it with padding=drop under another name."
         )
+    check_actions(dataset, split)
     statistics = dataset.statistics[split].with_mirror() if mirrored else dataset.statistics[split]
     tokenizer = known
     if tokenizer is None:

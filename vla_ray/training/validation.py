@@ -27,6 +27,7 @@ from vla_ray.models.paligemma.actions import ActionTokenizer
 from vla_ray.models.paligemma.policy import ActionPolicy
 from vla_ray.training.batches import BatchMaker, MicroBatch
 from vla_ray.training.parallel import Workers
+from vla_ray.training.spec import check_actions
 from vla_ray.training.tensors import inputs
 
 EXAMPLES = 16
@@ -44,7 +45,7 @@ class ValidationSet:
 
 
 def choose_samples(dataset: PreparedDataset, split: str, count: int) -> list[Sample]:
-    """`count` samples spread evenly over a split, in its order. DataError if it is empty."""
+    """`count` samples spread evenly over a split, in its order. DataError if it is empty or lacks actions."""
     groups = [
         (number, group, rows)
         for number, file in enumerate(dataset.files)
@@ -58,6 +59,7 @@ def choose_samples(dataset: PreparedDataset, split: str, count: int) -> list[Sam
             f"{dataset.location} has no samples of the split {split!r}; it has {', '.join(known)}. Set data.val_split, "
             "or prepare it with split_by=recording."
         )
+    check_actions(dataset, split)
     chosen = np.unique(np.linspace(0, ends[-1] - 1, count).astype(int))
     within = np.searchsorted(ends, chosen, side="right")
     found: list[Sample] = []

@@ -22,8 +22,8 @@ class Sample:
         image: PNG or JPEG bytes.
         instruction: the first variant.
         instructions: all distinct variants, at least one.
-        actions: float32 [H, 2].
-        valid: bool [H]; False where the episode had ended and its last position was repeated.
+        actions: float32 [H, 2]; [0, 2] where nobody knows the right ones (logs of a robot).
+        valid: bool, one per action; False where the episode had ended and its last position was repeated.
         scale_m: metres per unit; None if unknown.
     """
 

@@ -19,6 +19,7 @@ RLDS, TABLE, SYNTHETIC = "rlds", "table", "synthetic"
 PADDING = ("drop", "keep")
 CRC = ("none", "header", "full")
 SPLIT_BY = ("source", "recording")
+REQUIRED, OPTIONAL = TARGETS = ("required", "optional")
 KNOWN_SCALES = "known"  # in scale_m: the table of scales.py; its number means nothing
 MAX_PROBLEMS = 20
 
@@ -74,6 +75,7 @@ class ReadOptions:
         split_by: `recording` regroups all sub-datasets alike, so that no recording lies in both train and val.
         val_share: of the recordings, for split_by=recording.
         scale_m: metres per unit by source directory, where normalization_factor is missing; see scales.py.
+        targets: with `optional`, rows of tables need no actions; such samples can be predicted for, not learnt from.
     """
 
     horizon: int = 8
@@ -83,6 +85,7 @@ class ReadOptions:
     split_by: str = "source"
     val_share: float = 0.05
     scale_m: tuple[tuple[str, float], ...] = ()
+    targets: str = REQUIRED
 
     def __post_init__(self) -> None:
         at_least("action.num_steps", self.horizon, 1)
@@ -90,6 +93,7 @@ class ReadOptions:
         choose("padding", self.padding, PADDING)
         choose("crc", self.crc, CRC)
         choose("split_by", self.split_by, SPLIT_BY)
+        choose("targets", self.targets, TARGETS)
         if not 0.0 <= self.val_share <= 1.0:
             raise ConfigError(f"val_share={self.val_share:g} must lie between 0 and 1: the share of recordings in val.")
         for source, metres in self.scale_m:
@@ -104,8 +108,11 @@ class ReadOptions:
         return "val" if number < self.val_share * 2**64 else "train"
 
     def to_dict(self) -> dict[str, Any]:
+        """Without `targets` where it says nothing new: fingerprints of datasets with actions do not depend on it."""
         values = asdict(self)
         values["scale_m"] = [list(pair) for pair in self.scale_m]
+        if self.targets == REQUIRED:
+            del values["targets"]
         return values
 
     @staticmethod

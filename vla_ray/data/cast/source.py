@@ -14,7 +14,7 @@ from pathlib import Path
 from vla_ray.data.cast import archives, rlds, tables
 from vla_ray.data.cast.listing import File, check_heads, files_below, shown
 from vla_ray.data.cast.sample import Sample
-from vla_ray.data.cast.shards import RLDS, SYNTHETIC, ReadOptions, Shard, Tally
+from vla_ray.data.cast.shards import REQUIRED, RLDS, SYNTHETIC, ReadOptions, Shard, Tally
 from vla_ray.errors import DataError
 from vla_ray.storage.location import Location
 
@@ -23,11 +23,12 @@ logger = logging.getLogger(__name__)
 PICKLED = (".pkl", ".pickle", ".npz", ".npy", ".pt")
 
 
-def find_shards(source: str | Location, cache: Path | None = None) -> list[Shard]:
+def find_shards(source: str | Location, cache: Path | None = None, targets: str = REQUIRED) -> list[Shard]:
     """The shards of `synthetic`, a directory or file, local or s3://, by name.
 
     Args:
         cache: where archives are unpacked; None: beside them.
+        targets: whether tables must have actions, see ReadOptions.
 
     Raises:
         DataError: nothing there, an unknown layout, pickles, git-LFS pointers, or damaged files.
@@ -41,7 +42,7 @@ def find_shards(source: str | Location, cache: Path | None = None) -> list[Shard
         raise DataError(f"source={root} does not exist; give a directory, a file, owner/name on the hub, or synthetic")
     # What archives were unpacked to is found through them, so that one that was added or changed is not overlooked.
     files = [file for file in files_below(root) if f"{archives.EXTRACTED}/" not in file.path]
-    shards = _published(files, cache) or tables.find_tables(files, root.name)
+    shards = _published(files, cache) or tables.find_tables(files, root.name, targets)
     if not shards:
         raise _unknown(root, files)
     shards.sort(key=lambda shard: shard.name)

@@ -24,6 +24,11 @@ ACTIONS = ("actions", "action")
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # as scale_m is stored
 
 
+def has_actions(row: Mapping[str, Any]) -> bool:
+    """Whether a row says what was right; an empty list, as prepared logs have it, does not."""
+    return any(row.get(name) not in (None, []) for name in ACTIONS)
+
+
 def actions_of(row: Mapping[str, Any], horizon: int, where: str) -> NDArray[np.float32]:
     """The first `horizon` actions, [H, 2]. DataError if they are none, or too few."""
     given = next((row[name] for name in ACTIONS if row.get(name) is not None), None)

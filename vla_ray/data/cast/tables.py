@@ -10,6 +10,7 @@
 Paths that leave the table's directory (absolute, `..`, URIs) are followed for local tables only: one that was
 downloaded from the hub or lies in a store could otherwise copy any picture of this machine into the dataset.
 
+With `targets=optional` actions may lack, as they do in logs of a robot: there is something to predict all the same.
 Our own prepared files (schema SAMPLES) are such tables. A row without a recording is filed under its picture, so that
 two instructions for one picture stay on one side of a split.
 """
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -30,12 +32,13 @@ from vla_ray.data.cast.episodes import distinct
 from vla_ray.data.cast.listing import File, check_heads, in_threads
 from vla_ray.data.cast.sample import Sample
 from vla_ray.data.cast.scales import group_of, scale_for
-from vla_ray.data.cast.shards import TABLE, ReadOptions, Shard, Tally
+from vla_ray.data.cast.shards import OPTIONAL, REQUIRED, TABLE, ReadOptions, Shard, Tally
 from vla_ray.data.cast.table_cells import (
     ACTIONS,
     IMAGE,
     TEXT,
     actions_of,
+    has_actions,
     image_of,
     is_downloaded,
     name_of,
@@ -53,6 +56,7 @@ BATCH_ROWS = 64
 
 _SPLIT = re.compile(r"(?:^|[/._-])(train|training|val|valid|validation|dev|test)(?=[/._-]|$)")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_HINT = "Add them, or take targets=optional: a policy can predict without them, but not learn"
 
 
 def is_table(name: str) -> bool:
@@ -60,20 +64,21 @@ def is_table(name: str) -> bool:
     return name.endswith(ENDINGS) and not name.startswith("cache-")
 
 
-def find_tables(files: Sequence[File], dataset: str) -> list[Shard]:
+def find_tables(files: Sequence[File], dataset: str, targets: str = REQUIRED) -> list[Shard]:
     """One shard per table; `dataset` is the sub-dataset of rows that name none.
 
     Raises:
-        DataError: a table without pictures, texts or actions, or one that is damaged.
+        DataError: a table without pictures, texts or, if they are required, actions, or one that is damaged.
     """
+    needed = [IMAGE, (*TEXT, "instructions"), *([ACTIONS] if targets == REQUIRED else [])]
     tables = [file for file in files if is_table(file.name)]
     check_heads(tables)
     for file, columns in zip(tables, in_threads(_columns, tables), strict=True):
-        lacking = [
-            " or ".join(names) for names in (IMAGE, (*TEXT, "instructions"), ACTIONS) if not set(names) & set(columns)
-        ]
+        lacking = [names for names in needed if not set(names) & set(columns)]
         if columns and lacking:
-            raise DataError(f"{file.location} lacks the columns {'; '.join(lacking)}; it has {', '.join(columns)}")
+            what = "; ".join(" or ".join(names) for names in lacking)
+            hint = f". {_HINT}" if lacking == [ACTIONS] else ""
+            raise DataError(f"{file.location} lacks the columns {what}; it has {', '.join(columns)}{hint}")
     return [_shard(file, dataset) for file in tables]
 
 
@@ -89,7 +94,10 @@ def read_table(shard: Shard, options: ReadOptions, tally: Tally) -> Iterator[Sam
     for number, row in _rows(location, shard, tally):
         tally.episodes += 1
         where = f"{shard.path}: row {number}"
-        actions = actions_of(row, options.horizon, where)
+        if options.targets == OPTIONAL and not has_actions(row):
+            actions, valid = np.zeros((0, 2), np.float32), np.zeros(0, bool)
+        else:
+            actions, valid = actions_of(row, options.horizon, where), valid_of(row, options.horizon, where)
         try:
             image, path = image_of(row, location.parent, bounded, where)
         except StorageError as error:
@@ -112,7 +120,7 @@ def read_table(shard: Shard, options: ReadOptions, tally: Tally) -> Iterator[Sam
             instruction=next(iter(instructions), ""),
             instructions=instructions,
             actions=actions,
-            valid=valid_of(row, options.horizon, where),
+            valid=valid,
             scale_m=scale_for(dataset, options) if scale is None else scale,
         )
         if accept(sample, options, tally):

@@ -73,8 +73,8 @@ def samples_of(
 def accept(sample: Sample, options: ReadOptions, tally: Tally) -> bool:
     """Whether a sample passes all filters, counted; the picture is decoded last, being the most work."""
     tally.steps += 1
-    # A sample without any step of its own teaches nothing, whatever is kept.
-    if not (sample.valid.any() if options.padding == "keep" else sample.valid.all()):
+    # A sample without any step of its own teaches nothing, whatever is kept; one without actions is not meant to.
+    if len(sample.valid) and not (sample.valid.any() if options.padding == "keep" else sample.valid.all()):
         tally.padding += 1
     elif not sample.instructions:
         tally.no_language += 1

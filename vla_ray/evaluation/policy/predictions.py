@@ -149,6 +149,10 @@ class Predictions:
                 continue
         return None
 
+    def place(self, row: int) -> Location | None:
+        """Of a sample's picture; None if there is none, or no longer."""
+        return next((place for place in self._places(row) if place.exists()), None)
+
     def missing_pictures(self) -> int:
         """How many pictures are named and do not exist. Each directory is listed once."""
         names: dict[Location, set[str]] = {}

@@ -122,6 +122,11 @@ def _tokenizer(location: Location, content: dict[str, Any]) -> ActionTokenizer:
         scheme, _, count = (content["token_map"][key] for key in ("scheme", "first_id", "count"))
     except (KeyError, TypeError, CheckpointError) as e:
         raise CheckpointError(f"{location} is incomplete ({type(e).__name__}: {e}). Restore the file.") from e
+    if stored[0] != UNITS:
+        raise CheckpointError(
+            f"{location} holds actions in {str(stored[0])[:40]!r}; here they are {UNITS}. Give the checkpoint of a policy "
+            "that was trained on these, or convert its data and train again."
+        )
     if stored != (UNITS, PROMPT_TEMPLATE, tokenizer.fingerprint) or (scheme, count) != ("loc", tokenizer.num_bins):
         raise CheckpointError(
             f"{location} is damaged or was edited: its fingerprint {str(stored[2])[:12]} does not match its content "

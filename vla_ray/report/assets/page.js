@@ -1,12 +1,15 @@
-// The report of heat maps. Sections: data, colours, state, panels, inspector, transport, tables, keyboard, start.
+// The report of heat maps. Sections: data, state, panels, inspector, transport, tables, keyboard, start.
 "use strict";
 
 (() => {
   const { byId, make, makeSvg, number, unit, withUnit, DataTable, wordFilter } = Shared;
+  const { Chunks, keyOf } = Overlay;
+  const { once } = Shell;
 
   // Data ------------------------------------------------------------------------------------------------------
 
   const index = JSON.parse(byId("index").textContent);
+  Overlay.useColours(index.colours);
   const units = Object.fromEntries(index.targets);
   const aboutMethod = Object.fromEntries(index.methods);
   const targetNames = index.targets.map(([name]) => name);
@@ -24,7 +27,6 @@
     }
   });
 
-  const keyOf = (choice) => `${choice.target}\n${choice.method}`;
   const shownMethods = (() => {
     const used = new Set(scenes.flatMap((scene) => Object.keys(scene.scales).map((key) => key.split("\n")[1])));
     return index.methods.map(([name]) => name).filter((name) => used.has(name));
@@ -38,113 +40,6 @@
   function pictureFile(frame) {
     const parts = [scenes[frame.scene].name, `${frame.stem}.jpg`].flatMap((part) => part.split("/"));
     return ["images", ...parts.map(encodeURIComponent)].join("/");
-  }
-
-  // Map data comes as scripts, which a page from disk may load; only the last few stay in memory.
-  const Chunks = {
-    KEEP: 4,
-    kept: new Map(),
-    waiting: new Map(),
-
-    load(n) {
-      if (this.kept.has(n)) {
-        const chunk = this.kept.get(n);
-        this.kept.delete(n); // to the end: last used
-        this.kept.set(n, chunk);
-        return Promise.resolve(chunk);
-      }
-      if (!this.waiting.has(n)) {
-        const script = make("script", { src: `data/${n}.js` });
-        const loaded = new Promise((resolve, reject) => {
-          const missing = () => reject(new Error(`data/${n}.js cannot be read: keep a report's folders beside its index.html`));
-          script.onload = () => (this.kept.has(n) ? resolve(this.kept.get(n)) : missing());
-          script.onerror = missing;
-        }).finally(() => {
-          script.remove();
-          this.waiting.delete(n);
-        });
-        this.waiting.set(n, loaded);
-        document.head.append(script);
-      }
-      return this.waiting.get(n);
-    },
-
-    arrived(n, details) {
-      this.kept.set(n, details);
-      for (const old of this.kept.keys()) if (this.kept.size > this.KEEP) this.kept.delete(old);
-    },
-  };
-  window.vlaRayChunk = (n, details) => Chunks.arrived(n, details);
-
-  // The numbers of a map, in units of relevance, decoded once.
-  function valuesOf(map) {
-    if (!map.values) {
-      const bytes = Uint8Array.from(atob(map.data), (character) => character.charCodeAt(0));
-      const signed = map.direction === "signed";
-      const levels = signed ? new Int8Array(bytes.buffer) : bytes;
-      map.values = Float32Array.from(levels, (level) => (level / (signed ? 127 : 255)) * map.peak);
-    }
-    return map.values;
-  }
-
-  // Colours ---------------------------------------------------------------------------------------------------
-
-  const tables = Object.fromEntries(
-    Object.entries(index.colours).map(([kind, data]) => [kind, Uint8Array.from(atob(data), (c) => c.charCodeAt(0))]),
-  );
-  const CANVAS_WIDTH = 512; // values are interpolated to about this, then coloured: colours must not be mixed
-  const SOLID_FROM = 0.55; // of the scale; below, a colour fades so that the picture shows where there is little
-
-  // One pixel: value in units of the scale, -1 to 1.
-  function colour(pixels, at, value, signed) {
-    const strength = Math.min(1, Math.abs(value));
-    const place = signed ? Math.round((Math.max(-1, Math.min(1, value)) * 0.5 + 0.5) * 255) : Math.round(strength * 255);
-    const table = signed ? tables.diverging : tables.sequential;
-    const t = Math.min(1, strength / SOLID_FROM);
-    pixels[at] = table[3 * place];
-    pixels[at + 1] = table[3 * place + 1];
-    pixels[at + 2] = table[3 * place + 2];
-    pixels[at + 3] = 255 * t * t * (3 - 2 * t);
-  }
-
-  // Where each of n pixels lies between m cells: cell centres, as in HeatMap.on_picture.
-  function between(n, m) {
-    return Array.from({ length: n }, (_, i) => {
-      const x = Math.max(0, Math.min(m - 1, ((i + 0.5) * m) / n - 0.5));
-      const low = Math.min(Math.floor(x), Math.max(0, m - 2));
-      return { low, high: Math.min(low + 1, m - 1), share: x - low };
-    });
-  }
-
-  function paint(canvas, map, scale) {
-    const values = valuesOf(map);
-    const times = Math.max(1, Math.round(CANVAS_WIDTH / map.columns));
-    canvas.width = map.columns * times;
-    canvas.height = map.rows * times;
-    const image = new ImageData(canvas.width, canvas.height);
-    const across = between(canvas.width, map.columns);
-    const signed = map.direction === "signed";
-    let at = 0;
-    for (const y of between(canvas.height, map.rows)) {
-      const top = y.low * map.columns;
-      const bottom = y.high * map.columns;
-      for (const x of across) {
-        const above = values[top + x.low] * (1 - x.share) + values[top + x.high] * x.share;
-        const below = values[bottom + x.low] * (1 - x.share) + values[bottom + x.high] * x.share;
-        colour(image.data, at, (above * (1 - y.share) + below * y.share) / scale, signed);
-        at += 4;
-      }
-    }
-    canvas.getContext("2d").putImageData(image, 0, 0);
-  }
-
-  function paintBar(canvas, signed) {
-    const image = new ImageData(canvas.width, 1);
-    for (let i = 0; i < canvas.width; i++) {
-      const x = i / (canvas.width - 1);
-      colour(image.data, 4 * i, signed ? 2 * x - 1 : x, signed);
-    }
-    canvas.getContext("2d").putImageData(image, 0, 0);
   }
 
   // State -----------------------------------------------------------------------------------------------------
@@ -220,13 +115,6 @@
 
   // Panels ----------------------------------------------------------------------------------------------------
 
-  const DIRECTIONS = {
-    positive: "what raises the value",
-    negative: "what lowers the value",
-    signed: "blue lowers the value, orange raises it",
-    none: "how much, not in which direction",
-  };
-
   class Panel {
     constructor(which) {
       this.which = which;
@@ -235,7 +123,7 @@
       this.part = (name) => this.root.querySelector(`.${name}`);
       this.target = this.selector("target", targetNames, (name) => (units[name] ? `${name}  [${unit(units[name])}]` : name));
       this.method = this.selector("method", shownMethods, (name) => name);
-      this.part("picture").addEventListener("pointermove", (event) => this.probe(event));
+      this.part("picture").addEventListener("pointermove", (event) => Overlay.probe(this.root, this.map, event));
       this.part("picture").addEventListener("pointerleave", () => (this.part("probe").textContent = ""));
       this.part("photo").addEventListener("error", () => this.root.classList.add("photo-missing"));
     }
@@ -299,23 +187,9 @@
     }
 
     renderMap(map) {
-      const heat = this.part("heat");
-      const scale = map && this.scaleOf(map);
-      this.map = map && scale > 0 ? map : null;
-      heat.hidden = !this.map || !state.overlay;
-      heat.style.opacity = state.opacity / 100;
-      heat.dataset.direction = map?.direction ?? "";
-      this.root.classList.toggle("without-map", !this.map);
-      if (!this.map) return;
-      paint(heat, map, scale);
-      const signed = map.direction === "signed";
-      paintBar(this.part("bar"), signed);
-      const top = number(scale, 3);
-      this.part("low").textContent = signed ? `\u2212${top}` : "0";
-      this.part("high").textContent = top;
-      this.part("scale").title = `relevance; the scale is the 99th percentile of this ${state.scale}`;
-      this.part("direction").textContent = DIRECTIONS[map.direction] ?? map.direction;
-      this.root.dataset.scale = scale;
+      this.map = Overlay.show(this.root, map, {
+        scale: map && this.scaleOf(map), visible: state.overlay, opacity: state.opacity, of: `this ${state.scale}`,
+      });
     }
 
     scaleOf(map) {
@@ -341,18 +215,6 @@
           svg.append(mark(name, u, v, name === "speed" ? 1.5 * r : r));
         }
       }
-    }
-
-    // What lies under the pointer.
-    probe(event) {
-      if (!this.map) return;
-      const box = this.part("heat").getBoundingClientRect();
-      const column = Math.floor(((event.clientX - box.left) / box.width) * this.map.columns);
-      const row = Math.floor(((event.clientY - box.top) / box.height) * this.map.rows);
-      const inside = column >= 0 && row >= 0 && column < this.map.columns && row < this.map.rows;
-      const value = inside ? valuesOf(this.map)[row * this.map.columns + column] : 0;
-      const share = number((100 * Math.abs(value)) / this.map.mass, 2);
-      this.part("probe").textContent = inside ? `here ${number(value, 3)}, ${share} % of the map` : "";
     }
   }
 
@@ -425,49 +287,32 @@
   // Metres to a drawing of the ground: x forward up, y right, one scale for both, the same throughout a scene.
   function renderBirdseye(frame, details) {
     const host = byId("birdseye");
-    const [width, height] = [host.clientWidth, host.clientHeight];
-    if (width < 60 || height < 60) return;
-    const [left, right, top, bottom] = [40, 12, 10, 34];
     const [nearest, farthest, side] = sceneNow().range;
-    const back = Math.min(nearest, -1);
-    const front = Math.max(farthest * 1.05, 8);
-    const scale = Math.min((height - top - bottom) / (front - back), (width - left - right) / (2 * Math.max(side * 1.1, 2)));
-    const middle = left + (width - left - right) / 2;
-    const x = (forward) => height - bottom - (forward - back) * scale;
-    const y = (rightward) => middle + rightward * scale;
-    const svg = makeSvg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": "Route and speed waypoints from above, in metres" });
-    const step = [1, 2, 5, 10, 20, 50, 100].find((metres) => metres * scale >= 30) ?? 200;
-    const last = (height - top - bottom) / scale + back;
-    for (let m = Math.ceil(back / step) * step; m <= last; m += step) {
-      svg.append(makeSvg("line", { class: m ? "grid" : "axis", x1: left, x2: width - right, y1: x(m), y2: x(m) }));
-      svg.append(makeSvg("text", { x: left - 6, y: x(m) + 4, "text-anchor": "end" }, number(m)));
-    }
-    const half = (width - left - right) / 2 / scale;
-    for (let m = -Math.floor(half / step) * step; m <= half; m += step) {
-      svg.append(makeSvg("line", { class: m ? "grid" : "axis", x1: y(m), x2: y(m), y1: top, y2: height - bottom }));
-      svg.append(makeSvg("text", { x: y(m), y: height - bottom + 15, "text-anchor": "middle" }, number(m)));
-    }
-    svg.append(makeSvg("text", { class: "axis-name", x: width - right, y: height - 3, "text-anchor": "end" }, "right (m)"));
-    svg.append(makeSvg("text", { class: "axis-name", transform: `translate(10 ${top}) rotate(-90)`, "text-anchor": "end" }, "forward (m)"));
+    const drawing = Ground.ground(host, {
+      back: Math.min(nearest, -1), front: Math.max(farthest * 1.05, 8), side: Math.max(side * 1.1, 2), unit: "m",
+      label: "Route and speed waypoints from above, in metres",
+    });
+    if (!drawing) return;
+    const { svg, at, middle, top } = drawing;
     for (const name of ["route", "speed"]) {
       const points = (details?.[name] ?? []).filter(([a, b]) => a !== null && b !== null);
-      const line = points.map(([a, b]) => `${y(b)},${x(a)}`).join(" ");
+      const line = points.map(([a, b]) => at(a, b).join()).join(" ");
       if (name === "route") svg.append(makeSvg("polyline", { class: "path route", points: line }));
       points.forEach(([a, b], i) => {
-        const dot = mark(name, y(b), x(a), name === "speed" ? 5 : 2.5);
+        const [u, v] = at(a, b);
+        const dot = mark(name, u, v, name === "speed" ? 5 : 2.5);
         const when = name === "speed" ? `${0.25 * (i + 1)} s: ` : "";
         dot.append(makeSvg("title", {}, `${when}${number(a, 3)} m forward, ${number(b, 3)} m right`));
         svg.append(dot);
         if (name === "speed" && i % 4 === 3) {
-          svg.append(makeSvg("text", { class: "time", x: y(b) + 10, y: x(a) + 4 }, `${(i + 1) / 4} s`));
+          svg.append(makeSvg("text", { class: "time", x: u + 10, y: v + 4 }, `${(i + 1) / 4} s`));
         }
       });
     }
     if (details && !details.route.length && !details.speed.length) {
       svg.append(makeSvg("text", { x: middle, y: top + 20, "text-anchor": "middle" }, "no prediction"));
     }
-    const [u, v] = [y(0), x(0)];
-    svg.append(makeSvg("path", { class: "ego", d: `M${u} ${v - 9}L${u + 7} ${v + 8}L${u} ${v + 4}L${u - 7} ${v + 8}Z` }));
+    Ground.ego(drawing);
     host.replaceChildren(svg);
   }
 
@@ -632,21 +477,13 @@
   }
 
   function renderView() {
-    for (const name of VIEWS) {
-      byId(`view-${name}`).hidden = name !== state.view;
-      byId(`tab-${name}`).setAttribute("aria-selected", String(name === state.view));
-    }
+    Shell.showView(VIEWS, state.view);
     if (state.view === "metrics") metricsTable();
     if (state.view === "failures") failuresTable();
     if (state.view === "results") resultTables();
   }
 
   // Tables ----------------------------------------------------------------------------------------------------
-
-  const once = (build) => {
-    let built;
-    return () => (built ??= build());
-  };
 
   // One row per frame and target.
   const rowsOfFrames = once(() => frames.flatMap((frame) => frame.targets.map((target) => ({ frame, target }))));
@@ -712,19 +549,7 @@
     });
   });
 
-  const resultTables = once(() => {
-    const section = byId("view-results");
-    index.tables.forEach(({ title, note, columns, rows }, i) => {
-      const host = make("div", { class: "table-host", id: `result-${i}` });
-      section.append(make("h2", { text: title }), note ? make("p", { class: "note", text: note }) : "", host);
-      new DataTable(host, { label: title, columns: columns.map((label) => ({ label })), rows });
-    });
-    for (const { title, note, file } of index.figures) {
-      const image = make("img", { src: file, alt: title, loading: "lazy" });
-      section.append(make("h2", { text: title }), note ? make("p", { class: "note", text: note }) : "", make("figure", {}, image));
-    }
-    return true;
-  });
+  const resultTables = once(() => Shell.buildResults(byId("view-results"), index));
 
   function buildCounts() {
     const counts = { ok: 0, degenerate: 0, failed: 0 };
@@ -742,9 +567,8 @@
   }
 
   function buildAbout() {
-    const list = (pairs) => pairs.flatMap(([name, text]) => [make("dt", { text: name }), make("dd", { text })]);
-    byId("facts").replaceChildren(...list(index.facts));
-    byId("methods").replaceChildren(...list(index.methods));
+    byId("facts").replaceChildren(...Shell.definitions(index.facts));
+    byId("methods").replaceChildren(...Shell.definitions(index.methods));
   }
 
   // Keyboard and pointer ----------------------------------------------------------------------------------------
@@ -770,39 +594,8 @@
     "-": () => change({ opacity: Math.max(0, state.opacity - 10) }),
   };
 
-  function onKey(event) {
-    if (event.ctrlKey || event.altKey || event.metaKey) return;
-    const target = event.target;
-    const typing = target.matches("input[type=search], select, textarea");
-    if (typing) {
-      if (event.key === "Escape") target.blur();
-      return;
-    }
-    if (event.key === "?") {
-      toggleHelp();
-      return;
-    }
-    const native = (target.matches("button") && event.key === " ") || (target.id === "opacity" && event.key.startsWith("Arrow"));
-    if (byId("help").open || state.view !== "frames" || !frames.length || native || !KEYS[event.key]) return;
-    event.preventDefault();
-    KEYS[event.key]();
-  }
-
-  function toggleHelp() {
-    const help = byId("help");
-    if (help.open) help.close();
-    else help.showModal();
-  }
-
   function listen() {
-    document.addEventListener("keydown", onKey);
-    // A control that was clicked gives the keys back to the page; one that was reached by Tab keeps them.
-    let byKeys = false;
-    document.addEventListener("mousedown", () => (byKeys = false), true);
-    document.addEventListener("keydown", () => (byKeys = true), true);
-    document.addEventListener("change", (e) => byKeys || e.target.matches("input[type=search]") || e.target.blur());
-    document.addEventListener("click", (e) => e.detail && e.target.closest("#view-frames button")?.blur());
-
+    Shell.listenForKeys(KEYS, "view-frames", () => state.view === "frames" && frames.length);
     for (const tab of document.querySelectorAll("[data-view]")) tab.addEventListener("click", () => change({ view: tab.dataset.view }));
     for (const name of ["overlay", "waypoints", "compare"]) byId(name).addEventListener("change", (e) => change({ [name]: e.target.checked }));
     byId("scale").addEventListener("change", (e) => change({ scale: e.target.value }));
@@ -811,7 +604,6 @@
     byId("previous").addEventListener("click", () => go(state.frame - 1));
     byId("next").addEventListener("click", () => go(state.frame + 1));
     byId("play").addEventListener("click", () => play(!state.playing));
-    byId("help-open").addEventListener("click", toggleHelp);
     byId("timeline").addEventListener("click", (e) => {
       const box = byId("timeline").getBoundingClientRect();
       go(sceneNow().first + Math.round(((e.clientX - box.left) / box.width) * (sceneNow().count - 1)));

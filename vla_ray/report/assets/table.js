@@ -55,14 +55,17 @@ const Shared = (() => {
   // A sortable table that holds only the visible rows in the document.
   //   columns: [{ label, unit?, title?, kind?: "status" | "long" }]; rows: arrays of numbers, strings and null, one per column.
   //   onOpen(rowNumber): a row was clicked, or Enter was pressed on it.
+  //   `order` holds the numbers of the rows as they are shown, sorted and filtered.
   class DataTable {
     constructor(host, { label, columns, rows, onOpen }) {
       this.host = host;
       this.columns = columns;
       this.rows = rows;
       this.onOpen = onOpen;
+      this.onOrder = null; // to be called when rows were sorted or filtered
       this.sorted = { column: -1, down: false };
       this.match = () => true;
+      this.current = null;
       this.numeric = columns.map((_, c) => !rows.some((r) => typeof r[c] === "string"));
       this.whole = columns.map((_, c) => rows.every((r) => r[c] === null || Number.isInteger(r[c])));
       this.order = rows.map((_, r) => r);
@@ -122,6 +125,19 @@ const Shared = (() => {
       return this.order.length;
     }
 
+    // Mark the row that is shown elsewhere, and bring it into view.
+    select(row) {
+      this.current = row;
+      const top = this.order.indexOf(row) * ROW_PIXELS;
+      const room = this.scroller.clientHeight - this.table.tHead.offsetHeight - ROW_PIXELS;
+      const { scrollTop } = this.scroller;
+      if (top >= 0 && room > 0 && (top < scrollTop || top > scrollTop + room)) {
+        this.scroller.scrollTop = top < scrollTop ? top : top - room;
+      }
+      this.drawn = null;
+      this.draw();
+    }
+
     refresh() {
       const { column, down } = this.sorted;
       this.order = this.rows.map((_, r) => r).filter((r) => this.match(this.rows[r], r));
@@ -145,6 +161,7 @@ const Shared = (() => {
       this.scroller.scrollTop = 0;
       this.drawn = null;
       this.draw();
+      this.onOrder?.();
     }
 
     draw() {
@@ -170,7 +187,7 @@ const Shared = (() => {
         return make("td", { class: this.numeric[c] ? "number" : null, title: text.length > 40 ? text : null, text });
       });
       const attributes = { "data-row": r, "aria-rowindex": place + 2, tabindex: this.onOpen ? "0" : null };
-      return make("tr", attributes, ...cells);
+      return make("tr", { ...attributes, "aria-current": r === this.current ? "true" : null }, ...cells);
     }
 
     open(target) {
