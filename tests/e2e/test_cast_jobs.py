@@ -1,4 +1,4 @@
-"""The second workload from end to end: prepare, train, look; with no arguments, and on data in CAST's own format."""
+"""The second workload from end to end: prepare, train, infer, evaluate; with no arguments, and on CAST's own format."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from transformers import PaliGemmaForConditionalGeneration
+
+from vla_ray.schema import prediction_columns
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -33,6 +36,21 @@ def test_with_no_arguments_a_policy_learns_to_listen(
     assert "straight on" in ended.out
     PaliGemmaForConditionalGeneration.from_pretrained(run / "best_model")
 
+    ended = process("infer", "limit=300")
+    assert ended.code == 0, ended.err
+    assert f"the newest trained tiny policy: {run}" in ended.err
+    (predicted,) = (tmp_path / "outputs").iterdir()
+    frame = pd.read_csv(predicted / "predictions.csv")
+    assert list(frame.columns) == prediction_columns(8)
+    assert len(frame) == 300
+    ended = process("evaluate")
+    assert ended.code == 0, ended.err
+    assert f"the newest predictions: {predicted}" in ended.err
+    numbers = json.loads((predicted / "evaluation/metrics.json").read_text())["summary"]
+    assert numbers[""]["ade"]["mean"] < 0.6 * numbers["straight"]["ade"]["mean"]
+    assert f"{numbers['']['ade']['mean']:.2f}" in ended.out
+    assert (predicted / "report/index.html").exists()
+
 
 @pytest.mark.timeout(600)
 def test_from_published_files_to_a_policy(process: Callable[..., Any], golden: Path, tmp_path: Path) -> None:
@@ -51,3 +69,17 @@ def test_from_published_files_to_a_policy(process: Callable[..., Any], golden: P
     assert [line["step"] for line in validations(run)] == [20]
     assert json.loads((run / "run.json").read_text())["counts"] == {"steps": 20}
     PaliGemmaForConditionalGeneration.from_pretrained(run / "last")
+
+    # Straight from the published files, which are prepared on the way.
+    settings = (f"source={golden / 'cast_rlds'}", f"data.cache_dir={tmp_path / 'cache'}", f"model.name={run}")
+    ended = process("infer", *settings, f"output_dir={tmp_path / 'out'}", "run=r", "samples=4", "split=train")
+    assert ended.code == 0, ended.err
+    predictions = tmp_path / "out/r/predictions.csv"
+    frame = pd.read_csv(predictions)
+    assert len(frame) > 30
+    assert frame["pred_x_0"].notna().all()
+    ended = process("evaluate", f"results={predictions}")
+    assert ended.code == 0, ended.err
+    assert "stand still" in ended.out
+    numbers = json.loads((predictions.parent / "evaluation/metrics.json").read_text())["summary"][""]
+    assert numbers["min_ade"]["mean"] < numbers["ade"]["mean"]  # the best of four

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from math import comb
 
 import numpy as np
@@ -12,6 +13,7 @@ from vla_ray.evaluation.policy.intervals import Resampler, binomial_p, rank_corr
 from vla_ray.evaluation.policy.metrics import STILL, STRAIGHT, score, score_all
 from vla_ray.evaluation.policy.predictions import Predictions
 from vla_ray.evaluation.policy.summary import kind_table, summarise, turn_side
+from vla_ray.models.paligemma.actions import ActionNormalizer, ActionTokenizer
 from vla_ray.storage.location import Location
 
 AHEAD = [[1.0, 0.0], [1.0, 0.0]]
@@ -177,9 +179,13 @@ def test_risk_coverage() -> None:
     assert risk_coverage_auc(error, error) == pytest.approx((2 + 1.5 + 1) / 3)
 
 
-def test_hits_by_the_width_of_a_bin() -> None:
-    predicted = arrays([[0.0, 0.0], [0.1, 0.2]], [[0.3, 0.4], [0.0, 0.0]])  # bins of 0.1 and 0.2
-    target = predicted + np.array([0.04, 0.12])
-    hits = token_hits(predictions(predicted, target))
-    assert hits.tolist() == [[1, 0, 1, 0], [1, 0, 1, 0]]
-    assert token_hits(predictions(predicted, target, metadata={"decode": "expected"})) is None
+def test_hits_are_targets_in_the_chosen_bin() -> None:
+    tokenizer = ActionTokenizer(10, 2, ActionNormalizer("quantile", (0, 0), (0.5, 1)))  # bins of 0.1 and 0.2
+    bins = np.array([[0, 1, 2, 3], [9, 8, 7, 6]])
+    predicted = tokenizer.decode(bins).astype(float)
+    target = predicted + np.array([0.04, 0.12])  # x in its bin, y in the next one
+    target[1, 1] = [9, 9]  # beyond the bounds: the outermost bins
+    known = {"action_tokenizer": json.dumps(tokenizer.to_dict())}
+    assert token_hits(predictions(predicted, target, metadata=known)).tolist() == [[1, 0, 1, 0], [1, 0, 0, 0]]
+    assert token_hits(predictions(predicted, target, metadata={**known, "decode": "expected"})) is None
+    assert token_hits(predictions(predicted, target)) is None

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vla_ray.data.prepared import PreparedDataset, read_group
 from vla_ray.data.sample_refs import SampleRef, sample_refs
+from vla_ray.models.paligemma import lora
+from vla_ray.models.paligemma.policy import ActionPolicy
+from vla_ray.models.paligemma.tokenizer_file import NAME, load_tokenizer
 from vla_ray.schema import FAILED, OK, PREDICTIONS, SKIPPED
 from vla_ray.stages.decode import pack, unpack
 from vla_ray.stages.decode_samples import SampleDecoder
@@ -136,3 +141,37 @@ def test_logits_that_are_not_finite_are_no_prediction(
     rows = replica.process(loaded[:3], ["given"])
     assert [row["status"] for row in rows] == [OK, FAILED, OK]
     assert "predicted" not in rows[1]
+
+
+def test_adapters_are_folded_in(policy_dir: Path, loaded: list[Loaded], tmp_path: Path) -> None:
+    """Of a checkpoint that holds adapters alone: the same as from the merged one, and not the same as without."""
+    places = {name: tmp_path / name for name in ("adapters", "merged")}
+    tokenizer = load_tokenizer(Location.of(policy_dir) / NAME)
+    policy = ActionPolicy.from_pretrained(policy_dir, tokenizer)
+    torch.manual_seed(0)
+    lora.add_adapters(policy.model, rank=2, alpha=4)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    for name, place in places.items():
+        place.mkdir()
+        (policy.save if name == "adapters" else policy.save_merged)(place)
+        shutil.copyfile(policy_dir / NAME, place / NAME)
+    assert not (places["adapters"] / "model.safetensors").exists()
+    found = {
+        name: PredictReplica(InferSpec(), PolicySpec(str(p))) for name, p in {**places, "plain": policy_dir}.items()
+    }
+    p = {name: np.array([r["probability"] for r in x.process(loaded, ["given"])]) for name, x in found.items()}
+    np.testing.assert_allclose(p["adapters"], p["merged"], atol=1e-4)
+    assert np.abs(p["adapters"] - p["plain"]).max() > 0.01
+
+
+def test_half_precision_predicts_much_the_same(policy_dir: Path, loaded: list[Loaded], replica: PredictReplica) -> None:
+    half = PredictReplica(InferSpec(), PolicySpec(str(policy_dir), dtype="bfloat16"))
+    assert {p.dtype for p in half.policy.parameters()} == {torch.bfloat16}
+    ends = [
+        np.sum(np.reshape([r["predicted"] for r in x.process(loaded, ["turn left"])], (-1, 8, 2)), 1)
+        for x in (half, replica)
+    ]
+    assert np.abs(ends[0] - ends[1]).max() < 1
+    assert {row["status"] for row in half.process(loaded, ["given"])} == {OK}

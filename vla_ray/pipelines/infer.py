@@ -7,6 +7,7 @@ killed; a finished run is recognised without Ray. Data that is not prepared yet 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import sys
 import time
@@ -203,6 +204,7 @@ def _export(driver: Driver, dataset: PreparedDataset, tokenizer: ActionTokenizer
         "units": UNITS,
         "num_steps": str(tokenizer.num_steps),
         "num_bins": str(tokenizer.num_bins),
+        "action_tokenizer": json.dumps(tokenizer.to_dict()),
         "decode": config.decode,
         "checkpoint": config.model.name,
         "dataset": str(dataset.location),

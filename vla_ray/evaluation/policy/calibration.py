@@ -6,16 +6,19 @@ distributions they were chosen from. Without probabilities there is nothing to s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_ray.errors import CheckpointError
 from vla_ray.evaluation.policy.intervals import Resampler, rank_correlation
 from vla_ray.evaluation.policy.metrics import Scores
 from vla_ray.evaluation.policy.predictions import Predictions
 from vla_ray.evaluation.policy.summary import Cell, PlainTable, show
+from vla_ray.models.paligemma.actions import ActionTokenizer
 
 Floats = NDArray[np.floating]
 BINS = 5
@@ -70,23 +73,22 @@ def risk_coverage_auc(confidence: Floats, error: Floats) -> float:
 
 
 def token_hits(predictions: Predictions) -> Floats | None:
-    """[N, 2H] 1 where the target lies in the chosen bin, NaN where it does not count; None if bins are unknown.
+    """[N, 2H] 1 where the target lies in the chosen bin, NaN where it does not count; None if the bins are unknown.
 
-    Greedy predictions are centres of uniform bins, so that the smallest gap between two of them on an axis is the
-    width of one. Averages of bins (decode=expected) are on no such grid.
+    They are known from the file's metadata, `action_tokenizer`, and chosen where decoding was greedy: averages of bins
+    (decode=expected) lie in bins that nobody chose.
     """
     p = predictions
-    if p.metadata.get("decode", "greedy") == "expected":
+    if "action_tokenizer" not in p.metadata or p.metadata.get("decode") == "expected":
         return None
-    found = np.full(p.predicted.shape, np.nan)
-    for axis in range(2):
-        values = np.unique(np.round(p.predicted[..., axis][np.isfinite(p.predicted[..., axis])], 6))
-        gaps = np.diff(values)
-        if not len(gaps := gaps[gaps > 5e-4]):
-            return None
-        error = np.abs(p.predicted[..., axis] - p.target[..., axis])
-        found[..., axis] = np.where(p.valid & np.isfinite(error), error <= gaps.min() / 2 + 1e-6, np.nan)
-    return found.reshape(len(p), -1)
+    try:
+        tokenizer = ActionTokenizer.from_dict(json.loads(p.metadata["action_tokenizer"]))
+    except (ValueError, CheckpointError):
+        return None
+    known = np.isfinite(p.predicted).all(-1) & np.isfinite(p.target).all(-1) & p.valid
+    both = np.where(known[..., None], np.stack([p.predicted, p.target]), 0.0)
+    chosen, right = (tokenizer.encode(values).reshape(p.predicted.shape) for values in both)
+    return np.where(known[..., None], chosen == right, np.nan).reshape(len(p), -1)
 
 
 def _by_confidence(confidence: Floats, scores: Scores, resampler: Resampler) -> PlainTable:

@@ -124,8 +124,8 @@ def _tokenizer(location: Location, content: dict[str, Any]) -> ActionTokenizer:
         raise CheckpointError(f"{location} is incomplete ({type(e).__name__}: {e}). Restore the file.") from e
     if stored[0] != UNITS:
         raise CheckpointError(
-            f"{location} holds actions in {str(stored[0])[:40]!r}; here they are {UNITS}. Give the checkpoint of a policy "
-            "that was trained on these, or convert its data and train again."
+            f"{location} holds actions in {str(stored[0])[:40]!r}; here they are {UNITS}. Give the checkpoint of a "
+            "policy that was trained on these, or convert its data and train again."
         )
     if stored != (UNITS, PROMPT_TEMPLATE, tokenizer.fingerprint) or (scheme, count) != ("loc", tokenizer.num_bins):
         raise CheckpointError(
