@@ -11,6 +11,10 @@ if TOKEN.is_file():
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 # `uv run` would otherwise ship the working directory and run uv again in every worker.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+# Threads of OpenMP spin while they wait for each other, for milliseconds: on a machine whose cores have other work as
+# well (decoding, another job) a replica with two threads then takes tens of times as long. Read by Ray's workers when
+# they load torch; a cluster that runs already needs it where it was started.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Ray Train: these two need the dashboard, which jobs do without ...
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vla_ray.command_line import load_config
 from vla_ray.config import ExplainConfig, InferConfig, PrepareConfig
-from vla_ray.config.train import TINY
+from vla_ray.config.train import TINY, ActionConfig
 from vla_ray.errors import RunError
 from vla_ray.storage.files import Location, read_json
 
@@ -61,7 +61,7 @@ def bundled_policy(root: Path, runs: str) -> str:
     """
     from vla_ray.models.paligemma.trained import newest_tiny
 
-    trained = newest_tiny(runs)
+    trained = newest_tiny(runs, ActionConfig().num_steps)
     found = trained or root / "checkpoints" / "paligemma-tiny"
     logger.info("%s: %s", "the newest trained tiny policy" if trained else "the bundled policy", found)
     return str(found)

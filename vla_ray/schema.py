@@ -137,6 +137,7 @@ PREDICTIONS = pa.schema(
         pa.field("recording", pa.string()),
         pa.field("t", pa.int32()),
         pa.field("instruction", pa.string()),  # as asked
+        pa.field("picture", pa.string()),  # hash of the picture: samples that have the same see the same
         pa.field("image_path", pa.string()),  # of the picture, relative to the run; null if none was kept
         pa.field("status", pa.string(), nullable=False),  # ok | failed | skipped
         pa.field("error_type", pa.string()),

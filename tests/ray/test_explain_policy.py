@@ -19,7 +19,7 @@ from vla_ray.pipelines.infer import infer
 from vla_ray.schema import MAPS, PREDICTIONS
 from vla_ray.storage.files import Location
 from vla_ray.storage.fragments import read_rows
-from vla_ray.storage.ledger import read_metrics
+from vla_ray.storage.ledger import commit, read_metrics
 
 pytestmark = pytest.mark.ray
 
@@ -53,10 +53,10 @@ def test_maps_are_made_once_and_shown(
     tmp_path: Path, asking: Asking, in_process: Any, no_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with in_process():
-        assert explain_policy(asking(match="door")) == 0
+        assert explain_policy(asking(match="door", samples=None)) == 0
     location = Location.of(tmp_path / "r/maps")
     rows = read_metrics(location).to_pylist()
-    assert len(rows) == 12
+    assert len(rows) >= 20
     assert {row["status"] for row in rows} == {"ok"}
     assert all("door" in row["text"] for row in rows)
     found = [r for _, t in read_rows(location, {row["payload_path"] for row in rows}, MAPS) for r in t.to_pylist()]
@@ -67,8 +67,10 @@ def test_maps_are_made_once_and_shown(
     said = capsys.readouterr().out
     assert "relevance on what instructions name" in said
     assert (tmp_path / "r/maps/localisation.txt").read_text() in said
+    (door,) = (line.split() for line in said.splitlines() if line.split()[:3] == ["token_1", "relevancy", "door"])
+    assert "-" not in door, "all instructions of a picture are there: whether maps follow them is measured"
     # Finished: no Ray; the page shows the maps.
-    assert explain_policy(asking(match="door", report=True)) == 0
+    assert explain_policy(asking(match="door", samples=None, report=True)) == 0
     page = (tmp_path / "r/report/index.html").read_text()
     assert "token_1" in page
     assert "relevancy_signed" in page
@@ -121,3 +123,16 @@ def test_predictions_from_elsewhere_have_nobody_to_ask(tmp_path: Path, asking: A
         RunError, match=r"counterfactual=true needs the policy that predicted, and .* is no run of jobs"
     ):
         evaluate(EvaluateConfig(results=str(tmp_path / "r/predictions.csv"), counterfactual=True))
+
+
+def test_the_actions_of_the_run_are_explained(tmp_path: Path, asking: Asking, in_process: Any) -> None:
+    """And not what the policy would decode by now."""
+    run = Location.of(tmp_path / "r")
+    rows = read_metrics(run, schema=PREDICTIONS).to_pylist()
+    other = [0.9, 0.3] * 8
+    shutil.rmtree(tmp_path / "r/metrics")
+    commit(run, [{**row, "predicted": other} for row in rows], PREDICTIONS)
+    with in_process():
+        assert explain_policy(asking(maps="others", samples=2)) == 0
+    ids = read_metrics(run / "others", ["text_ids"])["text_ids"].to_pylist()
+    assert len({tuple(i) for i in ids}) == 1

@@ -116,6 +116,26 @@ def test_other_settings_are_another_run(asking: Asking, in_process: Any, tmp_pat
         infer(asking(limit=4, model=TrainedModelConfig(name=str(other))))
 
 
+def test_another_seed_is_another_run(asking: Asking, in_process: Any) -> None:
+    with in_process():
+        assert infer(asking(limit=4, instructions="permuted")) == 0
+    with pytest.raises(RunError, match="seed: run has 0, asked 7"):
+        infer(asking(limit=4, instructions="permuted", seed=7))
+
+
+def test_a_run_of_another_kind_is_left_alone(tmp_path: Path, asking: Asking, in_process: Any) -> None:
+    with in_process():
+        assert infer(asking(limit=4)) == 0
+    config = tmp_path / "r/config.yaml"
+    config.write_text(config.read_text() + "\nnonsense: [")
+    with pytest.raises(RunError, match=r"config\.yaml cannot be read .* another run=NAME"):
+        remembered(asking())
+    run = json.loads((tmp_path / "r/run.json").read_text())
+    (tmp_path / "r/run.json").write_text(json.dumps({**run, "settings": {"job": "capture"}}))
+    with pytest.raises(RunError, match="is a run of capture, not of infer"):
+        remembered(asking())
+
+
 def test_a_resumed_run_keeps_its_policy_and_its_source(tmp_path: Path, asking: Asking, in_process: Any) -> None:
     first = asking(limit=4)
     with in_process():
@@ -165,7 +185,8 @@ def test_logs_of_a_robot_have_no_targets(
     frame = pd.read_csv(tmp_path / "r/predictions.csv")
     assert len(frame) == 5
     empty = [c for c in frame.columns if c.startswith(("target_", "overall_"))]
-    assert len(empty) == 1 + 16 + 4 and frame[empty].isna().all(axis=None)
+    assert len(empty) == 1 + 16 + 4
+    assert frame[empty].isna().all(axis=None)
     assert not frame.drop(columns=empty).isna().any(axis=None)
     rows = pq.read_table(tmp_path / "r/predictions.parquet").to_pylist()
     assert [(row["actions"], row["valid"], row["status"]) for row in rows] == [(None, None, "ok")] * 5

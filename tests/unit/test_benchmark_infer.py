@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +16,9 @@ import pytest
 import torch
 
 from vla_ray.config import BenchmarkConfig, ModelConfig
+from vla_ray.data.prepared import PreparedDataset
 from vla_ray.errors import ConfigError
-from vla_ray.evaluation.benchmarks import find_bench, infer
+from vla_ray.evaluation.benchmarks import find_bench, infer, pipeline_cost
 from vla_ray.evaluation.benchmarks.infer import (
     FULL,
     ONE_BY_ONE,
@@ -28,7 +34,16 @@ from vla_ray.evaluation.benchmarks.infer import (
     measure,
 )
 from vla_ray.evaluation.benchmarks.interleaved import Timing
+from vla_ray.evaluation.benchmarks.pipeline_cost import PipelineCost, Stretch, measure_pipeline
 from vla_ray.models.paligemma.cost import released_config
+from vla_ray.schema import PREDICTIONS
+from vla_ray.stages.decode import DecodeWorker
+from vla_ray.stages.decode_samples import SampleDecoder
+from vla_ray.stages.infer import PredictReplica
+from vla_ray.stages.policy import PolicySpec
+from vla_ray.stages.work import Summary, Worker, WorkItem
+from vla_ray.storage.files import Location
+from vla_ray.storage.ledger import read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +115,66 @@ def test_the_result_says_all_of_it() -> None:
     content: Any = json.loads(json.dumps(cost.content))
     assert content["sizes"]["tiny"]["batches"]["32"][ONE_BY_ONE]["samples_per_s"] == 2
     assert content["sizes"]["tiny"]["goals"][0]["met"]
+
+
+def here(
+    items: Sequence[WorkItem], decoder: SampleDecoder, make_replica: Callable[[], PredictReplica], run: Location
+) -> Iterator[Summary]:
+    """An engine without Ray."""
+    worker, decode = Worker(make_replica(), run, "token", PREDICTIONS), DecodeWorker(decoder, run, "token")
+    for item in items:
+        yield worker(item, decode(item))
+
+
+def test_both_sides_of_the_pipeline_do_all_of_the_work(
+    tmp_path: Path, policy_dir: Path, corridors: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = PolicySpec(str(policy_dir), threads=1)
+    stretch = Stretch(policy, PreparedDataset.open(str(corridors)), tmp_path, batch=4, items=4)
+    cost = measure_pipeline("tiny", stretch, here, rounds=1)
+    assert (len(cost.loop), len(cost.engine), len(cost.ratios)) == (2, 1, 1)
+    assert min(*cost.loop, *cost.engine) > 0
+    assert cost.ratio == pytest.approx(cost.engine[0] / (sum(cost.loop) / 2))
+    tables = [read_metrics(Location.of(tmp_path / name), schema=PREDICTIONS) for name in ("loop-0", "engine-1")]
+    for name, table in zip(("loop-0", "engine-1"), tables, strict=True):
+        assert len(list((tmp_path / name / "images").iterdir())) == table.num_rows == 16
+    assert tables[0]["predicted"].equals(tables[1]["predicted"])
+    clock = iter([10.0, 12.0])  # of two batches of four after two that do not count
+    monkeypatch.setattr(pipeline_cost, "perf_counter", lambda: next(clock))
+    assert pipeline_cost._rate(iter([4, 4, 4, 4])) == 4.0
+
+
+@pytest.mark.parametrize(("ratio", "met"), [(0.96, True), (0.94, False)])
+def test_the_pipeline_is_judged_at_mid_size(ratio: float, met: bool) -> None:
+    cost = PipelineCost("mid", "some model", 32, [100.0, 102.0, 104.0], [90.0, 99.0], [ratio - 0.1, ratio + 0.1])
+    assert [goal.met for goal in cost.goals] == [met]
+    text = InferCost({}, [], [cost]).text
+    for part in ("some model", "102.0", "94.5", f"{ratio:.2f}x", "start-up is in neither", "met" if met else "NOT MET"):
+        assert part in text
+    content: Any = json.loads(json.dumps(InferCost({}, [], [cost]).content))
+    assert content["pipelines"]["mid"]["ratio"] == pytest.approx(ratio)
+    assert replace(cost, name="tiny").goals == ()
+
+
+@pytest.mark.slow
+def test_the_engine_of_the_bench_is_rays(tmp_path: Path, policy_dir: Path, corridors: Path) -> None:
+    """Alone on a Ray of its own."""
+    code = (
+        "import sys; from pathlib import Path; from vla_ray.pipelines.bench_infer import RayEngine;"
+        "from vla_ray.cluster import connect; from vla_ray.config import ClusterConfig;"
+        "from vla_ray.data.prepared import PreparedDataset; from vla_ray.stages.policy import PolicySpec;"
+        "from vla_ray.evaluation.benchmarks.pipeline_cost import Stretch, measure_pipeline\n"
+        "with connect(ClusterConfig(num_cpus=2)) as cluster:\n"
+        "    data = PreparedDataset.open(sys.argv[2])\n"
+        "    stretch = Stretch(PolicySpec(sys.argv[1], threads=1), data, Path(sys.argv[3]), 4, 4)\n"
+        "    print(measure_pipeline('tiny', stretch, RayEngine(cluster, 'cpu', 4), 1).engine)"
+    )
+    arguments = [sys.executable, "-c", code, str(policy_dir), str(corridors), str(tmp_path)]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": f"/tmp/vb{os.getpid()}"}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(Location.of(tmp_path / "engine-1"), schema=PREDICTIONS).num_rows == 16
+    shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
 
 def test_the_full_size_is_the_released_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -343,7 +343,8 @@ def test_logs_have_no_actions_and_are_read_when_asked_for(tmp_path: Path) -> Non
         found, tally = read(str(source), ReadOptions(targets="optional", padding=padding))
         assert [len(s.actions) for s in found] == [len(s.valid) for s in found] == own
         assert (tally.no_language, tally.padding, tally.samples) == (1, 5 - len(own), len(own))
-    assert found[0].actions.shape == (0, 2) and found[0].actions.dtype == np.float32
+    assert found[0].actions.shape == (0, 2)
+    assert found[0].actions.dtype == np.float32
     with pytest.raises(DataError, match=r"lacks the columns actions or action; .*targets=optional") as raised:
         read(str(source))
     one_line(raised.value)

@@ -9,17 +9,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from vla_ray.data.cast.instructions import ATOMIC, KINDS, kind, opposite, side
 from vla_ray.data.corridors.tasks import WORDS
 from vla_ray.errors import DataError
 from vla_ray.evaluation.policy.compare import compare_predictions
+from vla_ray.evaluation.policy.drawing import ground
 from vla_ray.evaluation.policy.evaluate import FIGURES, evaluate_predictions
 from vla_ray.evaluation.policy.intervals import Resampler
 from vla_ray.evaluation.policy.language import follows_language, retrieval
 from vla_ray.evaluation.policy.predictions import Predictions, Variant
 from vla_ray.evaluation.policy.report import length_bins
+from vla_ray.report.policy_build import build_policy_report
 from vla_ray.storage.location import Location
 
 STEPS = 3
@@ -45,7 +48,8 @@ def make(directory: Path, texts: list[str], listens: bool = True) -> Predictions
     predicted = answer(texts) + np.linspace(0, 0.02, count)[:, None, None]
     return Predictions(
         "run", Location.of(directory / "predictions.csv"), tuple(f"s{i}" for i in range(count)), tuple(texts),
-        tuple(f"r{i // 2}" for i in range(count)), (0,) * count, predicted, target, np.ones((count, STEPS), bool),
+        ("d",) * count, tuple(f"r{i // 2}" for i in range(count)), tuple(f"p{i // 2}" for i in range(count)),
+        predicted, target, np.ones((count, STEPS), bool),
         np.full(count, 0.25), tuple(f"images/{i}.jpg" for i in range(count)), (None,) * count, 1.0, "the training data",
         np.linspace(1, 0.5, count)[:, None] * np.ones(2 * STEPS), np.ones((count, 2 * STEPS)), None, variants, {},
     )  # fmt: skip
@@ -126,9 +130,27 @@ def test_a_policy_that_does_not(tmp_path: Path) -> None:
     found = follows_language(p, Resampler(p.groups))
     assert found is not None
     means = {name: e.mean for name, e in found.estimates.items()}
-    for name in ("order", "stop_shrinks", "opposite_order", "opposite_shorter", "divergence_end", "language_use"):
+    for name in ("stop_shrinks", "divergence_end", "language_use"):
         assert means[name] == 0, name
+    for name in ("order", "opposite_order", "opposite_shorter"):
+        assert means[name] == pytest.approx(found.chance[name]), f"{name}: equal ends are no wrong answer"
     assert found.p == 1
+    assert "samples of a recording as independent" in found.tables[0].note
+
+
+@pytest.mark.parametrize(
+    ("left", "ahead", "right", "expected"),
+    [(1, 0, -1, 1), (1, 1, -1, 1 / 2), (1, 0, 0, 1 / 2), (0, 0, 0, 1 / 6), (0, 1, 0, 0), (-1, 0, 1, 0), (0, 0, 1, 0)],
+)
+def test_ties_in_order_count_as_by_chance(
+    tmp_path: Path, left: float, ahead: float, right: float, expected: float
+) -> None:
+    p = make(tmp_path, ["stop"])
+    ends = {"turn left": left, "go forward": ahead, "turn right": right}
+    p = replace(p, variants={n: Variant((n,), np.array([[[0, 0], [0, 0], [1.0, y]]])) for n, y in ends.items()})
+    found = follows_language(p, Resampler(p.sample_id))
+    assert found is not None
+    assert found.estimates["order"].mean == pytest.approx(expected)
 
 
 def test_retrieval_by_hand(tmp_path: Path) -> None:
@@ -138,14 +160,33 @@ def test_retrieval_by_hand(tmp_path: Path) -> None:
     predicted[4] = np.nan
     found = retrieval(p, predicted)
     np.testing.assert_array_equal(found, [1, 0, np.nan, np.nan, np.nan, 1])
+    between = p.predicted.copy()
+    between[:2] = PATHS["go forward"]
+    assert retrieval(p, between)[:2].tolist() == [0.5, 0.5], "equally far from both"
+    assert np.isnan(retrieval(replace(p, picture_hash=(None,) * 6), predicted)).all()
+
+
+def test_retrieval_and_its_baseline_are_of_the_same_samples(tmp_path: Path) -> None:
+    p = make(tmp_path, TEXTS)
+    asked = p.variants["permuted"].predicted.copy()
+    asked[2:] = np.nan
+    variants = {"permuted": replace(p.variants["permuted"], predicted=asked)}
+    found = follows_language(replace(p, variants=variants), Resampler(p.groups))
+    assert found is not None
+    assert found.estimates["retrieval"].frames == found.estimates["retrieval_permuted"].frames == 2
+    none = {"permuted": replace(p.variants["permuted"], predicted=np.full_like(asked, np.nan))}
+    alone = follows_language(replace(p, variants=none), Resampler(p.groups))
+    assert alone is not None
+    assert alone.estimates["retrieval"].frames == 8
+    assert "retrieval_permuted" not in alone.estimates
 
 
 def test_nothing_to_test_with(tmp_path: Path) -> None:
-    p = replace(make(tmp_path, TEXTS), variants={}, groups=None)
+    p = replace(make(tmp_path, TEXTS), variants={}, recording=(None,) * 8, picture_hash=(None,) * 8)
     assert follows_language(p, Resampler(p.sample_id)) is None
     nothing = replace(p, valid=np.zeros_like(p.valid), predicted=np.full_like(p.predicted, np.nan))
     result = evaluate_predictions(nothing, Location.of(tmp_path / "out"), counterfactual=True)
-    assert "jobs/infer.py counterfactual=true" in result.text
+    assert "python jobs/evaluate.py results=... counterfactual=true" in result.text
 
 
 # Whole evaluations ----------------------------------------------------------------------------------------------
@@ -183,6 +224,9 @@ def test_all_files(tmp_path: Path) -> None:
     assert rows["ade_stand_still"][0].as_py() == pytest.approx(2.0)
     assert result.confidence is not None
     assert {"Metrics", "Errors per step", "Error by confidence"} <= {t.title for t in result.tables}
+    assert "against a coin" in result.tables[0].note
+    assert "samples of a recording as independent" in result.tables[0].note
+    assert rows["recording"].to_pylist() == list(p.recording)
     assert all(len(row) == len(t.columns) for t in result.tables for row in t.rows)
 
 
@@ -212,6 +256,37 @@ def test_odd_inputs(tmp_path: Path, what: str) -> None:
         assert "the first: OutOfMemory" in result.text
 
 
+def test_text_and_numbers_from_elsewhere_can_be_drawn(tmp_path: Path) -> None:
+    p = make(tmp_path, TEXTS)
+    text = r"pay $5 \frac{ or $10"  # no formula
+    far = p.predicted.copy()
+    far[0] = [[1e6, 1e6]] * STEPS
+    p = replace(p, name=text, instruction=(text,) * 8, predicted=far)
+    evaluate_predictions(p, Location.of(tmp_path / "out"), counterfactual=True)
+    found = compare_predictions([p, p], Location.of(tmp_path / "both"))
+    assert text in found.names[0]
+
+
+@pytest.mark.parametrize(("ahead", "aside"), [(1.0, 0.5), (8.0, 3.0), (8e6, 3.0), (8.0, 8e6)])
+def test_axes_of_any_extent_have_few_ticks(ahead: float, aside: float) -> None:
+    axes = Figure().subplots()
+    ground(axes, -0.1 * ahead, ahead, aside)
+    assert 1 <= len(axes.get_yticks()) <= 8
+    assert 1 <= len(axes.get_xticks()) <= 8
+
+
+def test_pictures_elsewhere_and_broken_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = ("/etc/x.png", "../x.png", "images/0.jpg", "notes.txt", *[None] * 4)
+    (tmp_path / "notes.txt").write_bytes(b"secrets")
+    result = evaluate_predictions(replace(make(tmp_path, TEXTS), image_path=paths), Location.of(tmp_path / "out"))
+    assert "2 of 8 pictures are not followed to" in result.text
+    assert "1 of 8 pictures no longer exist" in result.text
+    page = build_policy_report(result).read_bytes().decode()
+    assert "notes.txt is not a sound PNG or JPEG image" in page
+    assert "secrets" not in page + caplog.text, "no content of a file that is no picture"
+    assert '"d","r0"' in page.replace(", ", ","), "dataset and recording of a sample"
+
+
 def test_bins_of_lengths() -> None:
     assert [(low, high, int(m.sum())) for low, high, m in length_bins(np.array([4, 4, 4]))] == [(4, 4, 3)]
     found = length_bins(np.array([1, 2, 3, 10, 11]))
@@ -236,6 +311,23 @@ def test_comparison(tmp_path: Path) -> None:
     assert 0.9 < found.differences["ade"][0].low <= found.differences["ade"][0].high < 1.1
     assert "6 common samples" in found.text
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"comparison.txt", "comparison.json", "comparison.png"}
+
+
+def test_comparison_takes_what_the_sets_know(tmp_path: Path) -> None:
+    p = make(tmp_path, TEXTS)
+    p = replace(p, samples=p.predicted[:, None] + np.array([0.0, 0.5])[None, :, None, None])
+    logs = replace(p, target=p.target * np.nan, valid=~p.valid, median_step=0.0, median_from="nothing")
+    found = compare_predictions(
+        [logs, replace(p, median_step=0.75, median_from="the split train")], Location.of(tmp_path)
+    )
+    assert "ahead by 0.75 units a step, the median of the split train" in found.tables[0].note
+    straight = np.linalg.norm(np.cumsum([[0.75, 0.0]] * STEPS, 0) - np.cumsum(p.target, 1), axis=-1)
+    assert found.summaries[0].mean("ade", "straight") == pytest.approx(straight.mean())
+    assert found.summaries[1].mean("min_ade") == pytest.approx(found.summaries[1].mean("ade"))
+    assert found.differences["min_ade"][0].mean == 0
+    without = compare_predictions([p, replace(p, samples=None)], Location.of(tmp_path))
+    assert "min_ade" not in without.differences
+    assert without.summaries[0].mean("min_ade") is not None
 
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ def predictions(predicted: np.ndarray, target: np.ndarray, **more) -> Prediction
     count = len(predicted)
     values = {
         "name": "p", "location": Location.of("/nowhere/p.csv"), "sample_id": tuple(f"s{i}" for i in range(count)),
-        "instruction": ("turn left",) * count, "groups": None, "t": (None,) * count, "predicted": predicted,
+        "instruction": ("turn left",) * count, "dataset": (None,) * count, "recording": (None,) * count,
+        "picture_hash": (None,) * count, "predicted": predicted,
         "target": target, "valid": np.isfinite(target).all(-1), "scale_m": np.full(count, np.nan),
         "image_path": (None,) * count, "error": (None,) * count, "median_step": 1.0, "median_from": "a test",
     }  # fmt: skip
@@ -141,6 +142,12 @@ def test_whole_recordings_are_drawn() -> None:
     assert narrow.mean == wide.mean == 0.5
     assert wide.high - wide.low > 4 * (narrow.high - narrow.low)
     assert (wide.frames, wide.scenes) == (400, 8)
+
+
+@pytest.mark.parametrize(("count", "groups", "value"), [(7, 7, 0.507887), (50, 7, 0.1), (97, 50, 0.1)])
+def test_the_mean_of_equal_values_lies_in_its_interval(count: int, groups: int, value: float) -> None:
+    found = Resampler([f"g{i % groups}" for i in range(count)]).estimate(np.full(count, value))
+    assert found.low <= found.mean <= found.high, "rounding must not make an error bar negative"
 
 
 def test_weighted_means_and_what_does_not_apply() -> None:

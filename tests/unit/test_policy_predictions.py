@@ -13,12 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from vla_ray.data.cast.episodes import recording_of
 from vla_ray.errors import DataError
+from vla_ray.evaluation.policy.language import retrieval
 from vla_ray.evaluation.policy.prediction_files import read_predictions
-from vla_ray.evaluation.policy.predictions import common_samples
+from vla_ray.evaluation.policy.predictions import Predictions, common_samples
 from vla_ray.schema import PREDICTIONS, prediction_columns
 
 H = 2
+LEFT, AHEAD, RIGHT = ([1.0, y] * H for y in (1.0, 0.0, -1.0))
 
 
 def csv_frame(count: int = 3) -> pd.DataFrame:
@@ -35,7 +38,8 @@ def csv_frame(count: int = 3) -> pd.DataFrame:
 def parquet_rows(count: int = 3, shift: float = 0.0) -> list[dict[str, Any]]:
     rows = []
     for i in range(count):
-        base = {"frame_id": f"s{i}", "dataset": "d", "recording": f"r{i // 2}", "t": 0, "status": "ok", "scale_m": 0.5}
+        base = {"frame_id": f"s{i}", "dataset": "d", "recording": f"r{i // 2}", "status": "ok", "scale_m": 0.5}
+        base |= {"picture": f"p{i}"}
         given = [1.0, 0.25 * i + shift] * H
         rows.append(
             base
@@ -69,7 +73,7 @@ def test_a_csv_from_elsewhere(tmp_path: Path) -> None:
     assert p.median_step == pytest.approx(np.hypot(1, 0.5))
     assert p.median_from == "the targets of this file"
     assert p.picture(0) is None
-    assert p.missing_pictures() == 0, "none is named"
+    assert p.missing_pictures() == (0, 0), "none is named"
 
 
 def test_ours_has_more_beside_it(tmp_path: Path) -> None:
@@ -77,7 +81,9 @@ def test_ours_has_more_beside_it(tmp_path: Path) -> None:
     write_parquet(tmp_path / "predictions.parquet", parquet_rows(shift=5e-5), median_step="0.9", decode="greedy")
     p = read_predictions(str(tmp_path))
     assert p.name == tmp_path.name
-    assert p.groups == ("d/r0", "d/r0", "d/r1")
+    assert p.groups == ("r0", "r0", "r1")
+    assert p.dataset == ("d", "d", "d")
+    assert p.picture_hash == ("p0", "p1", "p2")
     assert (p.median_step, p.median_from) == (0.9, "the training data")
     assert p.valid.tolist() == [[True, True], [True, False], [True, True]]
     assert p.scale_m.tolist() == [0.5] * 3
@@ -98,17 +104,116 @@ def test_a_parquet_file_of_other_numbers_is_ignored(tmp_path: Path, caplog: pyte
     assert "which is ignored" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "same"),
+    [
+        ("target_x_0", 3.0, False),
+        ("target_x_0", "", False),
+        ("target_x_1", "", True),  # of a step that the Parquet file says does not count
+        ("target_x_1", 3.0, False),
+        ("instruction", "turn right", False),
+        ("instruction", " turn left", True),
+    ],
+)
+def test_what_lies_beside_a_csv_has_its_targets_and_instructions(
+    tmp_path: Path, column: str, value: object, same: bool
+) -> None:
+    frame = csv_frame().astype(object)
+    frame.loc[1, column] = value
+    if value == "":
+        frame.loc[1, column.replace("x", "y")] = value
+    path = written(tmp_path / "predictions.csv", frame)
+    write_parquet(tmp_path / "predictions.parquet", parquet_rows())
+    p = read_predictions(str(path))
+    assert (p.probability is not None) == same
+    if same:
+        assert p.valid[1].tolist() == [True, False]
+
+
+def test_the_median_is_of_a_split(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "predictions.parquet", parquet_rows(), median_step="0.9", median_split="train")
+    p = read_predictions(str(tmp_path))
+    assert (p.median_step, p.median_from) == (0.9, "the split train")
+
+
+def test_one_sample_without_a_recording_stands_for_itself(tmp_path: Path) -> None:
+    rows = parquet_rows()
+    for row in rows:
+        if row["frame_id"] == "s1":
+            row |= {"recording": None, "dataset": None, "status": "failed", "predicted": None}
+    write_parquet(tmp_path / "predictions.parquet", rows)
+    assert read_predictions(str(tmp_path)).groups == ("r0", "s1", "r1")
+    assert read_predictions(str(tmp_path)).take([1]).groups is None, "samples, then"
+
+
+def test_one_drive_and_one_picture_in_two_sub_datasets(tmp_path: Path) -> None:
+    """As CAST has them: the counterfactual set repeats pictures of the filtered one, in chunks of other names."""
+    named = [
+        ("cast_filtered_dataset", "recon/traj_003_chunk_0_start_0_end_17/traj_data.pkl", "a", "turn left", LEFT),
+        ("cast_filtered_dataset", "recon/traj_003_chunk_1_start_17_end_34/traj_data.pkl", "b", "go on", AHEAD),
+        ("cast_counterfactual_dataset", "x/traj_003_chunk_4_start_9_end_20/traj_data.pkl", "a", "turn right", RIGHT),
+    ]
+    rows = [
+        {"frame_id": f"s{i}", "target": "given", "dataset": dataset, "recording": recording_of(path), "t": 0}
+        | {"picture": picture, "instruction": text, "status": "ok", "predicted": LEFT, "actions": way}
+        | {"valid": [True] * H}
+        for i, (dataset, path, picture, text, way) in enumerate(named)
+    ]
+    write_parquet(tmp_path / "predictions.parquet", rows)
+    p = read_predictions(str(tmp_path))
+    assert p.recording == ("recon/traj_003", "recon/traj_003", "traj_003")
+    assert p.groups == ("traj_003",) * 3, "one drive, whatever sub-dataset names it"
+    np.testing.assert_array_equal(retrieval(p, p.predicted), [1, np.nan, 0])
+
+
+def test_other_variants_are_added_sample_by_sample(tmp_path: Path) -> None:
+    rows = parquet_rows()
+    write_parquet(tmp_path / "own.parquet", [r for r in rows if r["target"] == "given" or r["frame_id"] == "s1"])
+    for row in rows:
+        row["predicted"] = [5.0] * 2 * H
+    extra = {**rows[0], "target": "stop", "instruction": "stop"}
+    write_parquet(tmp_path / "more.parquet", [*rows, extra])
+    own, more = (read_predictions(str(tmp_path / f"{name}.parquet")) for name in ("own", "more"))
+    stop = own.with_variants(more.take([2, 0])).variants["stop"]
+    assert stop.instructions == ("stop", "stop", "stop")
+    assert stop.predicted[:, 0, 0].tolist() == [5, 0, 5], "what the run itself predicted stays"
+    assert (own.with_variants(own.take([1])).variants["stop"].predicted[1] == 0).all()
+
+
 def test_what_is_not_a_whole_prediction_failed(tmp_path: Path) -> None:
     frame = csv_frame(5).astype(object)
     frame.loc[0, "pred_y_1"] = ""
     frame.loc[1, [f"pred_{a}_{k}" for a in "xy" for k in range(H)]] = "NaN"
     frame.loc[2, "target_x_1"] = ""
     frame.loc[3, "pred_x_0"] = "inf"
+    frame.loc[4, "pred_x_0"] = "-1e300"
     p = read_predictions(str(written(tmp_path / "p.csv", frame)))
-    assert p.predicted_ok.tolist() == [False, False, True, False, True]
+    assert p.predicted_ok.tolist() == [False, False, True, False, False]
+    assert p.error == (None,) * 4 + ("a predicted number is beyond 1,000,000 units",)
     assert np.isnan(p.predicted[0]).all(), "what is left of it is no prediction"
     assert p.valid[2].tolist() == [True, False]
-    assert p.scored.tolist() == [False, False, True, False, True]
+    assert p.scored.tolist() == [False, False, True, False, False]
+
+
+def test_impossible_numbers_anywhere(tmp_path: Path) -> None:
+    frame = csv_frame().astype(object)
+    frame.loc[1, "target_y_1"] = "1e300"
+    p = read_predictions(str(written(tmp_path / "p.csv", frame)))
+    assert p.valid.tolist() == [[True, True], [True, False], [True, True]]
+    rows = parquet_rows()
+    rows[0]["predicted"] = [1e9] * 2 * H
+    rows[1]["actions"] = [1e9] * 2 * H
+    rows[2]["predicted"] = [1e9] * 2 * H  # a variant
+    rows[3]["samples"] = [1e9] * 4 * H
+    write_parquet(tmp_path / "p.parquet", rows, median_step="1e300")
+    p = read_predictions(str(tmp_path / "p.parquet"))
+    assert p.predicted_ok.tolist() == [False, True, True]
+    assert p.error[0] is not None
+    assert p.valid.any(1).tolist() == [True, False, True]
+    assert np.isfinite(p.variants["stop"].predicted).all((1, 2)).tolist() == [False, False, True]
+    assert p.samples is not None
+    assert np.isnan(p.samples[2]).all()
+    assert p.median_from == "the targets of this file"
 
 
 def test_logs_of_a_deployment_have_no_targets(tmp_path: Path) -> None:
@@ -207,23 +312,49 @@ def test_wrong_parquet_files(tmp_path: Path) -> None:
         read_predictions(str(path))
 
 
-def test_pictures_beside_the_file_elsewhere_or_gone(tmp_path: Path) -> None:
+def pictured(run: Path, paths: list[str]) -> Predictions:
+    frame = csv_frame(len(paths))
+    frame["image_path"] = paths
+    return read_predictions(str(written(run / "predictions.csv", frame)))
+
+
+def test_pictures_beside_the_file_or_gone(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "images").mkdir(parents=True)
     Image.new("RGB", (4, 3), (255, 0, 0)).save(run / "images" / "0.jpg")
-    Image.new("RGB", (5, 3)).save(tmp_path / "far.png")
-    frame = csv_frame(4)
-    frame.loc[1, "image_path"] = str(tmp_path / "far.png")
     (run / "images" / "3.jpg").write_bytes(b"no picture")
-    p = read_predictions(str(written(run / "predictions.csv", frame)))
-    near, far = p.picture(0), p.picture(1)
-    assert near is not None
-    assert near.shape == (3, 4, 3)
-    assert far is not None
-    assert far.shape == (3, 5, 3)
-    assert p.picture(2) is None
-    assert p.picture(3) is None, "there, but no picture"
-    assert p.missing_pictures() == 1
+    inside = ["images/0.jpg", "./images/0.jpg", str(run / "images" / "0.jpg"), f"file://{run}/images/0.jpg"]
+    moved = ["/another/machine/images/0.jpg", "s3://gone/0.jpg", "other/0.jpg"]  # found by their names
+    p = pictured(run, [*inside, *moved, "images/2.jpg", "images/3.jpg", ""])
+    for row in range(7):
+        near = p.picture(row)
+        assert near is not None, row
+        assert near.shape == (3, 4, 3)
+    assert [p.picture(row) for row in (7, 8, 9)] == [None, None, None], "gone, no picture, not named"
+    assert p.missing_pictures() == (1, 0)
+
+
+def test_pictures_elsewhere_are_not_followed(tmp_path: Path) -> None:
+    """A CSV from elsewhere must not copy what its reader can see into a report."""
+    run = tmp_path / "run"
+    run.mkdir()
+    Image.new("RGB", (5, 3)).save(tmp_path / "far.png")
+    paths = ["../far.png", "images/../../far.png", str(tmp_path / "far.png"), f"file://{tmp_path}/far.png"]
+    paths += [f"{run}/../far.png", f"{run}x/far.png", "s3://no-such-bucket/far.png", "http://there/far.png"]
+    p = pictured(run, paths)
+    assert [p.place(row) for row in range(len(paths))] == [None] * len(paths)
+    assert [p.picture(row) for row in range(len(paths))] == [None] * len(paths)
+    assert p.missing_pictures() == (0, len(paths))
+
+
+@pytest.mark.parametrize("path", ["x" * 5000 + ".jpg", "/" + "y" * 400 + ".jpg", "images/0.jpg/1.jpg"])
+def test_a_place_that_cannot_be_looked_at_is_no_picture(tmp_path: Path, path: str) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.jpg").write_bytes(b"")
+    p = pictured(tmp_path, [path])
+    assert p.place(0) is None
+    assert p.picture(0) is None
+    assert sum(p.missing_pictures()) == 1
 
 
 def test_common_samples(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from vla_ray.errors import TargetError
 from vla_ray.models.paligemma.actions import ActionTokenizer
-from vla_ray.targets import POLICY_SCALARS, acting_direction, policy_scalar, policy_targets
-from vla_ray.targets.policy import policy_unit, tokens_read
+from vla_ray.targets import acting_direction, policy_scalar, policy_targets
+from vla_ray.targets.policy import tokens_read
 
 H, K, B = 3, 8, 2
 TOKENIZER = ActionTokenizer(num_bins=K, num_steps=H)
@@ -107,6 +107,3 @@ def test_what_acts() -> None:
     assert acting_direction("token_3", -5.0) == "positive"
 
 
-def test_units() -> None:
-    assert policy_unit("side") == policy_unit("token_3") == "nats"
-    assert {policy_unit(name) for name in ("x_0", "y_7", *POLICY_SCALARS)} - {"nats"} == {"waypoint spacings"}

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vla_ray.data.prepared import PreparedDataset, read_group
 from vla_ray.data.sample_refs import SampleRef, sample_refs
+from vla_ray.errors import StorageError
 from vla_ray.models.paligemma import lora
 from vla_ray.models.paligemma.policy import ActionPolicy
 from vla_ray.models.paligemma.tokenizer_file import NAME, load_tokenizer
@@ -23,7 +24,7 @@ from vla_ray.stages.decode import pack, unpack
 from vla_ray.stages.decode_samples import SampleDecoder
 from vla_ray.stages.infer import InferSpec, PredictReplica
 from vla_ray.stages.policy import PolicySpec
-from vla_ray.stages.work import Loaded, WorkFrame, WorkItem
+from vla_ray.stages.work import Loaded, Worker, WorkFrame, WorkItem
 from vla_ray.storage.files import Location
 
 
@@ -175,3 +176,33 @@ def test_half_precision_predicts_much_the_same(policy_dir: Path, loaded: list[Lo
     ]
     assert np.abs(ends[0] - ends[1]).max() < 1
     assert {row["status"] for row in half.process(loaded, ["given"])} == {OK}
+
+
+def test_steps_of_one_shape_predict_the_same(policy_dir: Path, loaded: list[Loaded], replica: PredictReplica) -> None:
+    static = PredictReplica(InferSpec(steps="static", samples=3), PolicySpec(str(policy_dir)))
+    for few in (loaded[:3], loaded, loaded[:1]):  # the shape grows with the largest batch, and then stays
+        for a, b in zip(static.process(few, ["given"]), replica.process(few, ["given"]), strict=True):
+            assert numbers(a).keys() == numbers(b).keys()
+            for name, value in numbers(a).items():
+                np.testing.assert_allclose(value, numbers(b)[name], atol=1e-4)
+
+
+def test_a_disk_that_is_full_is_no_fault_of_the_sample(
+    refs: list[SampleRef], replica: PredictReplica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise StorageError("no space left on device")
+
+    monkeypatch.setattr("vla_ray.stages.decode_samples.write_atomic", full)
+    run = Location.of(tmp_path)
+    item = WorkItem(tuple(WorkFrame(ref, "images") for ref in refs[:2]), ("given",))
+    with pytest.raises(StorageError, match="no space left"):
+        Worker(replica, run, "driver", PREDICTIONS)(item, decoded(refs[:2], run))
+    assert not list(tmp_path.glob("ledger/*"))
+
+
+def test_a_sample_that_kills_its_decoder_is_still_known(refs: list[SampleRef], corridors: Path) -> None:
+    about = SampleDecoder(56, None).describe(WorkFrame(refs[0], "images"))
+    assert about["instruction"]
+    assert about["recording"]
+    assert about["picture"] == decoded(refs[:1])[0].columns["picture"]

@@ -77,3 +77,15 @@ def test_a_log_without_right_answers(tmp_path: Path) -> None:
     frame, _ = written(tmp_path, [row(0, actions=None), row(1, actions=None)])
     assert frame["pred_x_0"].notna().all()
     assert frame[[c for c in ORIGINAL if c.startswith(("target", "overall"))]].isna().all(axis=None)
+
+
+def test_steps_after_the_end_of_an_episode_are_nobodys_fault(tmp_path: Path) -> None:
+    """Padded with zeros in the dataset; empty in the CSV, and in none of its numbers."""
+    padded = row(0)
+    padded |= {"valid": [True] * 5 + [False] * 3, "actions": [*padded["actions"][:10], *[0.0] * 6]}
+    frame, table = written(tmp_path, [padded, row(1)])
+    assert frame.loc[0, ["target_x_4", "target_y_4"]].notna().all()
+    assert frame.loc[0, [f"target_{axis}_{k}" for axis in "xy" for k in (5, 6, 7)]].isna().all()
+    assert frame["target_actions"].isna().tolist() == [True, False]
+    assert frame["overall_mae"].tolist() == pytest.approx([0.25, 0.25])
+    assert table["actions"][0].as_py()[10:] == [0.0] * 6

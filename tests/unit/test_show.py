@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from vla_ray.data.prepared import PreparedDataset
 from vla_ray.errors import DataError, StorageError
 from vla_ray.report.show import describe
 from vla_ray.report.show_dataset import pick
+from vla_ray.schema import PREDICTIONS
 from vla_ray.stages.dataset_document import build_document
+from vla_ray.stages.predictions import write_predictions
 from vla_ray.stages.prepare import ShardPreparer
 from vla_ray.storage import payload
 from vla_ray.storage.files import Location, write_json
@@ -211,6 +214,65 @@ def test_a_dataset_whose_preparation_failed(dataset: Path) -> None:
     (dataset / "config.yaml").write_text("")
     with pytest.raises(DataError, match=r"its preparation failed.*jobs/prepare_cast.py source=\.\.\. name=corridors"):
         describe(str(dataset))
+
+
+def prediction(number: int, target: str = "given", status: str = "ok", **columns: Any) -> dict[str, Any]:
+    """Half as long as it should be; without targets if `actions` is None."""
+    row = {"frame_id": f"walks/{number}", "number": number, "target": target, "status": status, "instruction": "go on"}
+    known = {"actions": [1.0, 0.0] * 8, "valid": [True] * 8} | columns
+    if status == "ok":
+        return {**row, "predicted": [0.5, 0.0] * 8, "predict_s": 0.002, "decode_s": 0.001, **known}
+    error = {"error_type": "ImageError", "error": "cut"} if status == "failed" else {}
+    return {**row, **known, **error}
+
+
+def predicted(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A finished inference run."""
+    run = RunDirectory.open(tmp_path, "walk", settings={"job": "infer"}, config_yaml="", command="python x")
+    run.start({"manifest": "m"})
+    commit(run.location, rows, PREDICTIONS)
+    Ledger(run.location, PREDICTIONS).load()
+    write_predictions(run.location, 8, {"median_step": "1"})
+    return tmp_path / "walk"
+
+
+def test_an_inference_run_and_its_tables(tmp_path: Path) -> None:
+    rows = [prediction(i) for i in range(3)]
+    rows.append(prediction(3, status="failed", actions=None, valid=None))
+    rows += [prediction(i, "opposite", "ok" if i else "skipped") for i in range(4)]
+    run = predicted(tmp_path, rows)
+    for path in (run, run / "predictions.parquet", run / "metrics/part-000000.parquet"):
+        text = describe(str(path))
+        lines = [line.split() for line in text.splitlines()]
+        assert "8 rows, 1 failed, 6 ok, 1 skipped" in text
+        assert ["given", "4", "3", "1", "0"] in lines
+        assert ["opposite", "4", "3", "0", "1"] in lines
+        assert "ADE of 3 samples, units" in text, "only to its own instruction does a sample know the answer"
+        assert ["the", "policy", "2.250", "2.250"] in lines, "half a unit more a step: 4.5 steps on average"
+        assert ["standing", "still", "4.500", "4.500"] in lines
+        assert ["straight", "on", "at", "1.00", "0.000", "0.000"] in lines
+        assert "2.0 ms to predict, 1.0 ms to read" in text
+        assert "walks/3: ImageError: cut" in text
+        assert "'go on': ends 4.00 ahead, 0.00 to the left; truly 8.00 ahead" in text
+        if path.name != "part-000000.parquet":
+            assert f"python jobs/evaluate.py results={run}/predictions." in text
+    assert "counterfactual=true" in describe(str(run))
+    (run / "predictions.csv").unlink()
+    assert "evaluate" not in describe(str(run)), "not before it is finished"
+
+
+def test_predictions_of_logs_and_of_padded_samples(tmp_path: Path) -> None:
+    logs = predicted(tmp_path / "logs", [prediction(0, actions=None, valid=None)])
+    text = describe(str(logs))
+    assert "no targets" in text
+    assert "ADE" not in text
+    assert "truly" not in text
+    short = predicted(tmp_path / "short", [prediction(0, valid=[True] * 2 + [False] * 6)])
+    assert "the policy                            0.750" in describe(str(short)), "after the end there is no error"
+    none = predicted(tmp_path / "none", [prediction(0, status="failed", actions=None, valid=None)])
+    text = describe(str(none))
+    assert "1 rows, 1 failed" in text
+    assert "no targets" not in text
 
 
 def test_an_unfinished_dataset(dataset: Path) -> None:

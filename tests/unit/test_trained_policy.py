@@ -12,23 +12,24 @@ from vla_ray.errors import CheckpointError
 from vla_ray.models.paligemma.trained import find_checkpoint, identities, newest_tiny
 
 
-def run(directory: Path, name: str, updated: str, model: str = "tiny", job: str = "train") -> Path:
+def run(directory: Path, name: str, updated: str, model: str = "tiny", steps: int = 8, job: str = "train") -> Path:
     path = directory / name
     (path / "best_model").mkdir(parents=True)
-    settings = {"job": job, "model.name": model}
+    settings = {"job": job, "model.name": model, "action.num_steps": steps}
     (path / "run.json").write_text(json.dumps({"settings": settings, "updated": updated}))
     return path
 
 
 def test_the_newest_trained_tiny_policy(tmp_path: Path, policy_dir: Path) -> None:
-    assert newest_tiny(tmp_path / "none") is None
+    assert newest_tiny(tmp_path / "none", 8) is None
     run(tmp_path, "z_older", "2026-01-01T00:00:00+00:00")
     newer = run(tmp_path, "a_newer", "2026-02-01T00:00:00+00:00")
     run(tmp_path, "large", "2026-03-01T00:00:00+00:00", model="google/paligemma-3b-mix-224")
     shutil.rmtree(run(tmp_path, "begun", "2026-04-01T00:00:00+00:00") / "best_model")
     (tmp_path / "README.md").write_text("no run")
     shutil.copytree(policy_dir, tmp_path / "paligemma-tiny")
-    assert newest_tiny(tmp_path) == newer
+    run(tmp_path, "four_steps", "2026-05-01T00:00:00+00:00", steps=4)
+    assert newest_tiny(tmp_path, 8) == newer
 
 
 def test_a_run_stands_for_its_best_checkpoint(tmp_path: Path, policy_dir: Path) -> None:

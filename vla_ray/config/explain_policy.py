@@ -27,7 +27,7 @@ class PolicyExplainConfig(WorkConfig):
     methods: Any = knob(("relevancy", "relevancy_signed"), "one or a list of the methods above")
     strength: float = knob(0.2, "of relevancy: how much one hop moves")
     match: str | None = knob(None, "explain samples whose instruction contains this text")
-    samples: int | None = knob(200, "explain N of them, spread evenly over the run; null: all")
+    samples: int | None = knob(200, "explain about N of these: all of pictures spread evenly over the run; null: all")
     report: bool = knob(True, "write report/index.html again, with the maps")
     model: TrainedModelConfig = knob(TrainedModelConfig, "where the run's policy computes: model.device")
 

@@ -23,10 +23,12 @@ class TrainedModelConfig(PolicyModelConfig):
     )
     base: str | None = knob(None, "where the base of adapters is, if not where it was when they were learnt")
     tokenizers: str | None = knob(None, "tokenizers.pt of a model whose directory has none")
+    steps: str = knob("growing", "of decoding: growing (key-value cache) | static (one shape) | compiled, on cuda")
     dtype: str = knob("auto", "auto (bfloat16 on cuda, float32 on cpu) | float32 | bfloat16 | float16")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        choose("model.steps", self.steps, ("growing", "static", "compiled"))
         choose("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         for setting in ("name", "base"):  # a name on the hub stays one
             value = getattr(self, setting)

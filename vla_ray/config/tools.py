@@ -63,7 +63,7 @@ class TinyDriverConfig:
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """What things cost. Benches: relevance (beside plain forward + backward), train (Ray and data beside a plain loop),
-    infer (batched decoding beside transformers' generate).
+    infer (batched decoding beside transformers' generate, the pipeline beside a bare loop).
 
     Sizes of relevance: tiny is `model`, mid has random weights, 12 layers and 1025 vision tokens. Sizes of train
     and infer: tiny is the bundled PaliGemma, mid one of 20 M random weights, 8 + 8 layers and 224 pixels; of infer
@@ -80,7 +80,7 @@ class BenchmarkConfig:
     batches: Any = knob((1, 8, 32), "infer: prompts that are decoded together, one or a list of")
     output_dir: str = knob("", "benchmarks/<bench>_<time>.json goes there; local or s3://")
     model: ModelConfig = knob(ModelConfig, "relevance: of size tiny; infer: its device")
-    cluster: ClusterConfig = knob(ClusterConfig, "train: Ray")
+    cluster: ClusterConfig = knob(ClusterConfig, "train, infer: Ray")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_dir", resolve_path(self.output_dir or "outputs"))

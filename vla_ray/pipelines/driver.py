@@ -104,7 +104,7 @@ class Todo:
         ]
 
 
-R = TypeVar("R", bound=Ref)
+R = TypeVar("R")
 Work = Callable[[Todo], Generator[Summary, None, None]]
 
 

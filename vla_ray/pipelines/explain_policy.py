@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -53,7 +53,8 @@ def explain_policy(config: PolicyExplainConfig) -> int:
     refs = predicted.samples(config.match)
     if not refs:
         raise DataError(f"no instruction of {predicted.location} contains {config.match!r}. Give another match.")
-    refs = refs if config.samples is None else spread(refs, config.samples)
+    if config.samples is not None:
+        refs = of_pictures(refs, pictures_of(predicted.location), config.samples)
     driver = Driver(_job(config, predicted, refs, [t.name for t in targets], [m.name for m in methods]))
     if driver.is_finished:
         code = driver.report_finished()
@@ -65,7 +66,7 @@ def explain_policy(config: PolicyExplainConfig) -> int:
             return driver.report_dry_run([f"methods: {', '.join(m.name for m in methods)}"])
 
         def explain(todo: Todo) -> Generator[Summary, None, None]:
-            spec = PolicyExplainSpec(todo.location, targets, methods, config.strength)
+            spec = PolicyExplainSpec(todo.location, targets, methods, config.strength, predicted.location)
 
             def make_replica(policy: PolicySpec) -> partial[PolicyExplainer]:
                 return partial(PolicyExplainer, spec, policy)
@@ -80,6 +81,24 @@ def explain_policy(config: PolicyExplainConfig) -> int:
             page = build_policy_report(measure(predicted.location), config.maps)
             sys.stdout.write(f"  report   {page}  (open it in a browser)\n")
     return code
+
+
+def pictures_of(run: Location) -> dict[str, str]:
+    """Sample -> the hash of its picture, as far as the run knows it."""
+    table = read_metrics(run, ["frame_id", "picture"], PREDICTIONS)
+    return {s: p for s, p in zip(*(column.to_pylist() for column in table.columns), strict=True) if p}
+
+
+def of_pictures(refs: Sequence[SampleRef], pictures: Mapping[str, str], count: int) -> list[SampleRef]:
+    """About `count` samples: all instructions of pictures that are spread evenly over the run.
+
+    Whether a map follows its instruction only shows beside another instruction for the same picture.
+    """
+    groups: dict[str, list[SampleRef]] = {}
+    for ref in refs:
+        groups.setdefault(pictures.get(ref.frame_id, ref.frame_id), []).append(ref)
+    chosen = spread([*groups.values()], max(1, round(count * len(groups) / len(refs))))
+    return sorted((ref for group in chosen for ref in group), key=lambda ref: ref.number)
 
 
 def _job(
@@ -123,9 +142,10 @@ def localisation(predicted: Predicted, maps: Location) -> str:
     recording = dict(zip(*(column.to_pylist() for column in recordings.columns), strict=True))
     rows = [row for row in read_metrics(maps).to_pylist() if row["status"] == OK]
     found: dict[str, list[tuple[str, str, str, HeatMap]]] = {}
+    all_maps = read_scene_maps(maps, rows)
     for row in rows:
         sample = row["frame_id"]
-        for made in read_scene_maps(maps, [row]).get((sample, row["target"]), ()):
+        for made in all_maps.get((sample, row["target"]), ()):
             heat = replace(read_map(made), values=evidence_of(made, row["target_scalar"]))
             named = f"{row['target']} {made['method']}"
             found.setdefault(named, []).append((sample, recording[sample], row["text"], heat))

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from vla_ray.config import InferConfig, PrepareConfig, resolve_path
-from vla_ray.config.knobs import kept
 from vla_ray.config.prepare import ActionStepsConfig
 from vla_ray.config.train import TINY
 from vla_ray.data.prepared import DOCUMENT, PreparedDataset
@@ -31,6 +30,7 @@ from vla_ray.models.paligemma.actions import UNITS, ActionTokenizer
 from vla_ray.models.paligemma.tokenizer_file import NAME, load_tokenizer
 from vla_ray.models.paligemma.trained import find_checkpoint, identities
 from vla_ray.pipelines.driver import Driver, Job, Todo
+from vla_ray.pipelines.predicted import read_predicted
 from vla_ray.schema import PREDICTIONS
 from vla_ray.stages.decode_samples import IMAGES
 from vla_ray.stages.predictions import CSV, PARQUET, write_predictions
@@ -48,15 +48,17 @@ def remembered(config: InferConfig) -> InferConfig:
     """With the policy and the source of the run of this name, where it exists and nothing else was named.
 
     The newest policy may be another one by the time that a run is resumed.
+
+    Raises:
+        RunError: the run is of another kind.
     """
-    if config.run is None:
+    if config.run is None or not (location := Location.of(config.output_dir) / config.run / "run.json").exists():
         return config
-    text = (Location.of(config.output_dir) / config.run / "config.yaml").try_read_bytes()
-    if text is None:
-        return config
-    before = kept(InferConfig, text)
+    before = read_predicted(location.parent).config
     if config.model.name == TINY:
-        config = replace(config, model=replace(config.model, name=before.model.name))
+        known = before.model
+        model = replace(config.model, name=known.name, base=known.base, tokenizers=known.tokenizers)
+        config = replace(config, model=model)
     return config if config.source else replace(config, source=before.source)
 
 
@@ -92,13 +94,13 @@ def infer(config: InferConfig) -> int:
         return driver.report_dry_run(facts)
 
     def predict(todo: Todo) -> Generator[Summary, None, None]:
-        spec = InferSpec(config.decode, config.samples, config.temperature, config.seed)
+        spec = InferSpec(config.decode, config.model.steps, config.samples, config.temperature, config.seed)
 
         def make_replica(policy: PolicySpec) -> partial[PredictReplica]:
             return partial(PredictReplica, spec, policy)
 
         keep = todo.location if config.images else None
-        yield from work.run(todo, "PaliGemmaInfer", keep, MAX_BATCH, make_replica)
+        yield from work.run(todo, "PaliGemmaInfer", keep, MAX_BATCH, make_replica, 1 + config.samples)
 
     logger.info("policy %s on %s (%s)", directory, dataset.location, split)
     code = driver.execute(predict)
@@ -180,7 +182,7 @@ def _job(
             "decode": config.decode,
             "samples": config.samples,
             "temperature": config.temperature if drawn else None,
-            "seed": config.seed if drawn else None,
+            "seed": config.seed,  # also of permuted instructions, by which a run may grow later
             "model.dtype": config.model.dtype,
             "model.max_text_length": config.model.max_text_length,
         },
@@ -199,7 +201,8 @@ def _job(
 
 
 def _export(driver: Driver, dataset: PreparedDataset, tokenizer: ActionTokenizer, config: InferConfig) -> None:
-    statistics = dataset.statistics.get("train") or next(iter(dataset.statistics.values()))
+    split = "train" if "train" in dataset.statistics else next(iter(dataset.statistics))
+    statistics = dataset.statistics[split]
     metadata = {
         "units": UNITS,
         "num_steps": str(tokenizer.num_steps),
@@ -208,7 +211,7 @@ def _export(driver: Driver, dataset: PreparedDataset, tokenizer: ActionTokenizer
         "decode": config.decode,
         "checkpoint": config.model.name,
         "dataset": str(dataset.location),
-        **({"median_step": f"{statistics.median_step:.6g}"} if statistics.count else {}),
+        **({"median_step": f"{statistics.median_step:.6g}", "median_split": split} if statistics.count else {}),
     }
     write_predictions(driver.location, tokenizer.num_steps, metadata)
 

@@ -45,7 +45,7 @@ class PolicyWork:
         keep: Location | None,
         max_batch: int,
         make_replica: Callable[[PolicySpec], Callable[[], Replica]],
-        graph: float = 1.0,
+        memory: float = 1.0,
     ) -> Generator[Summary, None, None]:
         """Process what is left.
 
@@ -53,7 +53,7 @@ class PolicyWork:
             name: what dashboards and logs call the actors.
             keep: the run whose images/ gets the pictures.
             make_replica: the policy's spec -> picklable function that each actor calls once.
-            graph: how many times the memory of plain decoding a sample takes.
+            memory: how many times the working memory of plain decoding a sample takes.
         """
         settings = self.settings
 
@@ -73,7 +73,7 @@ class PolicyWork:
         length = self.processor.image_tokens + settings.max_text_length + self.tokenizer.num_tokens
         size = Size(
             self.parameters,
-            lambda dtype: graph * inference_bytes(self.architecture, length, DTYPES[dtype].itemsize),
+            lambda dtype: memory * inference_bytes(self.architecture, length, DTYPES[dtype].itemsize),
             max_batch,
         )
         decoder = SampleDecoder(self.processor.image_size, keep)

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from vla_ray.config import InferConfig
 from vla_ray.config.knobs import kept
 from vla_ray.data.prepared import DOCUMENT, PreparedDataset
 from vla_ray.data.sample_refs import SampleRef, sample_refs
-from vla_ray.errors import RunError
+from vla_ray.errors import RunError, VlaRayError
 from vla_ray.models.paligemma.trained import identities
 from vla_ray.storage.files import Location, read_json
 from vla_ray.storage.run import file_identity
@@ -67,7 +70,7 @@ def read_predicted(location: Location) -> Predicted:
     """The inference run at this place.
 
     Raises:
-        RunError: there is none, or it is of another kind.
+        RunError: there is none, it is of another kind, or its config.yaml was not written by this version.
     """
     document, config = read_json(location / "run.json"), (location / "config.yaml").try_read_bytes()
     if document is None or config is None:
@@ -75,4 +78,11 @@ def read_predicted(location: Location) -> Predicted:
     job = document.get("settings", {}).get("job")
     if job != "infer":
         raise RunError(f"{location} is a run of {job}, not of infer. Give the run=NAME of a run of jobs/infer.py.")
-    return Predicted(location, kept(InferConfig, config), document)
+    try:
+        return Predicted(location, kept(InferConfig, config), document)
+    except (OmegaConfBaseException, YAMLError, VlaRayError) as e:
+        reason = " ".join(str(e).split())[:160]
+        raise RunError(
+            f"{location / 'config.yaml'} cannot be read ({reason}): it is damaged, or another version wrote it. "
+            "Predict anew under another run=NAME."
+        ) from e

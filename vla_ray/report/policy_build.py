@@ -97,7 +97,6 @@ def _sample(
     confidence: NDArray[np.floating] | None,
     maps: Sequence[ShownMap],
 ) -> ShownSample:
-    dataset, _, recording = p.groups[i].partition("/") if p.groups else ("", "", "")
     predicted = bool(p.predicted_ok[i])
     target = np.where(p.valid[i][:, None], p.target[i], np.nan)
     metrics: dict[str, float | str | None] = {name: _number(columns[name][i]) for name in _SHOWN if name in columns}
@@ -112,8 +111,8 @@ def _sample(
         number=i,
         instruction=p.instruction[i],
         kind=kind(p.instruction[i]),
-        dataset=dataset,
-        recording=recording,
+        dataset=p.dataset[i] or "",
+        recording=p.recording[i] or "",
         image=p.place(i),
         predicted=p.predicted[i] if predicted else None,
         target=None if np.isnan(target).all() else target,
@@ -143,7 +142,7 @@ def _facts(home: Location, predictions: Predictions) -> dict[str, str]:
         "policy": known.get("checkpoint", ""),
         "dataset": known.get("dataset", ""),
         "decoded": known.get("decode", ""),
-        "straight": f"{predictions.median_step:.3g} units a step, {predictions.median_from}",
+        "straight": f"{predictions.median_step:.3g} units a step, the median of {predictions.median_from}",
     }
     if document:
         facts["computed"] = document["updated"][:16].replace("T", " ")

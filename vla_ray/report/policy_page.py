@@ -215,7 +215,9 @@ class _Book:
             return None, _NO_PICTURE
         try:
             content, size = small_copy(sample.image)
-        except (ImageError, StorageError) as error:
+        except ImageError:  # says what the file begins with, which a report that is passed on must not
+            return None, f"{sample.image} is not a sound PNG or JPEG image"
+        except StorageError as error:
             return None, str(error)
         write_atomic(self.directory / f"images/{place:06d}.jpg", content)
         return size, None

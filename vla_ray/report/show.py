@@ -16,7 +16,9 @@ from torch import Tensor
 from vla_ray.data.prepared import DOCUMENT, PreparedDataset
 from vla_ray.errors import StorageError
 from vla_ray.report.show_dataset import describe_dataset, describe_samples, is_unprepared
-from vla_ray.schema import FAILED, SAMPLES
+from vla_ray.report.show_predictions import describe_predictions, holds_predictions, next_steps, trained_step
+from vla_ray.schema import FAILED, PREDICTIONS, SAMPLES
+from vla_ray.stages.predictions import PARQUET
 from vla_ray.storage import payload as payload_file
 from vla_ray.storage.files import Location, read_json
 from vla_ray.storage.ledger import read_metrics
@@ -39,7 +41,7 @@ def describe(path: str) -> str:
         with storage_errors("read", loc), loc.open_input() as source:
             if set(SAMPLES.names) <= set(pq.read_schema(source).names):
                 return "\n".join(describe_samples(loc))
-            return "\n".join(_table(pq.read_table(source), str(loc)))
+            return "\n".join(_rows(pq.read_table(source), str(loc), loc))
     run = read_json(loc / "run.json")
     if (loc / DOCUMENT).exists() or (run is not None and run["settings"].get("job") == "prepare_cast"):
         return "\n".join(describe_dataset(loc))
@@ -69,13 +71,27 @@ def _run(loc: Location, run: dict[str, Any]) -> Iterator[str]:
     yield f"  command    {run['command']}"
     yield "  versions   " + ", ".join(f"{k} {v}" for k, v in run["versions"].items())
     yield from (f"  {key:22s} {value}" for key, value in settings.items())
-    table = read_metrics(loc)
     yield ""
+    if settings.get("job") == "infer":
+        yield from _rows(read_metrics(loc, schema=PREDICTIONS), "metrics", loc)
+        return
+    table = read_metrics(loc)
     yield from _table(table, "metrics")
     first = next((p for p in table["payload_path"].to_pylist() if p), None)
     if first:
         total = pc.sum(table["payload_bytes"]).as_py() or 0
         yield f"\npayloads: {total / 1e6:,.1f} MB; look at one: {_command(loc / first)}"
+
+
+def _rows(table: pa.Table, name: str, loc: Location) -> Iterator[str]:
+    """A run's rows, or another table; `loc` is the run or the table."""
+    if not holds_predictions(table.column_names):
+        yield from _table(table, name)
+        return
+    file = loc if loc.name.endswith(".parquet") else loc / PARQUET
+    yield from describe_predictions(table, name, trained_step(file))
+    yield from _failures(table)
+    yield from next_steps(loc)
 
 
 def _table(table: pa.Table, name: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,10 @@ class Decoder:
 
     def __call__(self, item: WorkItem) -> list[Loaded]:
         return [self.load(frame) for frame in item.frames]
+
+    def describe(self, frame: WorkFrame) -> dict[str, Any]:
+        """What is known of a frame without decoding its picture, for the row of one that kills its process."""
+        return {}
 
     def load(self, frame: WorkFrame) -> Loaded:
         """One frame, decoded or with the reason why not."""
@@ -60,7 +65,8 @@ class DecodeWorker:
         frame_id = frame.ref.frame_id
         mark = f"{fragment_name([(frame_id, 'image')])}{DECODE}"
         if self.attempts.died_alone(frame_id):
-            loaded = Loaded(frame, error_type="WorkerDied", error="the process ended each time this image was decoded")
+            reason = "the process ended each time this image was decoded"
+            loaded = Loaded(frame, error_type="WorkerDied", error=reason, columns=self.decoder.describe(frame))
         else:
             self.attempts.begin(mark, [frame_id], solo=True, prior=0)
             loaded = self.decoder.load(frame)
@@ -77,6 +83,7 @@ def pack(loaded: list[Loaded], tile_size: int) -> tuple[str, np.ndarray]:
             "error": x.error,
             "decode_s": x.decode_s,
             "columns": dict(x.columns),
+            "stops": x.stops,
         }
         for x in loaded
     ]
@@ -89,7 +96,7 @@ def unpack(item: WorkItem, notes: str, tiles: np.ndarray) -> list[Loaded]:
     """The inverse of `pack`."""
     loaded, position = [], 0
     for frame, note in zip(item.frames, json.loads(notes), strict=True):
-        rest = {"decode_s": note["decode_s"], "columns": note["columns"]}
+        rest = {name: note[name] for name in ("decode_s", "columns", "stops")}
         if note["geometry"] is None:
             loaded.append(Loaded(frame, error_type=note["error_type"], error=note["error"], **rest))
             continue

@@ -9,6 +9,8 @@ import io
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from vla_ray.data.images import decode_rgb
 from vla_ray.data.prepared import read_group
 from vla_ray.data.sample_refs import SampleRef
 from vla_ray.data.tiles import Tiler
+from vla_ray.errors import StorageError
 from vla_ray.stages.decode import Decoder
 from vla_ray.stages.work import Loaded, WorkFrame, WorkItem
 from vla_ray.storage.files import Location, write_atomic
@@ -69,21 +72,34 @@ class SampleDecoder(Decoder):
 
     def _decoded(self, frame: WorkFrame, row: Mapping[str, Any], start: float) -> Loaded:
         ref = _sample(frame)
-        columns = {name: row[name] for name in _COLUMNS}
+        columns = _about(row)
         try:
             if row["sample_id"] != ref.frame_id:
                 raise ValueError(f"{ref.path} holds {row['sample_id']!r} in its place: the dataset was made again")
             rgb = decode_rgb(row["image"], ref.frame_id)
             tiles, geometry = self.tiler(rgb)
-            if self.keep is not None:
-                path = f"{IMAGES}/{ref.image_filename}"
-                place = self.keep / path
-                if not place.exists():  # kept by an earlier variant or attempt; the name says which sample it is
-                    write_atomic(place, row["image"] if row["image"].startswith(_JPEG) else _jpeg(rgb))
-                columns["image_path"] = path
         except Exception as e:  # whatever a damaged picture provokes is that sample's failure, not the run's
             return _failed(frame, e, start, columns)
+        if self.keep is not None:
+            path = f"{IMAGES}/{ref.image_filename}"
+            place = self.keep / path
+            try:
+                if not place.exists():  # kept by an earlier variant or attempt; the name says which sample it is
+                    write_atomic(place, row["image"] if row["image"].startswith(_JPEG) else _jpeg(rgb))
+            except StorageError as e:  # the run's failure, not the sample's
+                return replace(_failed(frame, e, start, columns), stops=True)
+            columns["image_path"] = path
         return Loaded(frame, tiles, geometry, decode_s=time.perf_counter() - start, columns=columns)
+
+    def describe(self, frame: WorkFrame) -> dict[str, Any]:
+        ref = _sample(frame)
+        rows = _rows(ref)
+        return {} if isinstance(rows, Exception) else _about(rows[ref.row])
+
+
+def _about(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of a sample's row that need no look at its picture."""
+    return {**{name: row[name] for name in _COLUMNS}, "picture": blake2b(row["image"], digest_size=8).hexdigest()}
 
 
 def _rows(ref: SampleRef) -> list[dict[str, Any]] | Exception:

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from vla_ray.attention import IMPLEMENTATION
 from vla_ray.errors import TargetError, nearest
 from vla_ray.explain.chain import STRENGTH
 from vla_ray.explain.heatmap import assemble
 from vla_ray.explain.methods import METHODS, Method, folds_of, parse_methods
-from vla_ray.schema import DEGENERATE, OK
+from vla_ray.schema import DEGENERATE, GIVEN, OK, PREDICTIONS
 from vla_ray.stages.capture import check_finite
 from vla_ray.stages.fitting import Fitting
 from vla_ray.stages.maps import MadeMap, fold_maps, written
@@ -26,7 +29,8 @@ from vla_ray.stages.policy_visit import PolicyVisit
 from vla_ray.stages.replica import failed
 from vla_ray.stages.visit import Explained
 from vla_ray.stages.work import Loaded, Row
-from vla_ray.storage.files import Location
+from vla_ray.storage.files import Location, read_json
+from vla_ray.storage.ledger import read_metrics
 from vla_ray.targets import Target
 
 GRADIENT = "gradient_x_input"
@@ -41,12 +45,15 @@ class PolicyExplainSpec:
         run_dir: of the maps.
         methods: of POLICY_METHODS.
         strength: how much one hop moves, see explain/chain.py.
+        predictions: the run whose actions are explained; None: what the policy decodes now. Where that run took means
+            over bins (decode=expected) the likeliest bins are explained.
     """
 
     run_dir: Location
     targets: tuple[Target, ...]
     methods: tuple[Method, ...]
     strength: float = STRENGTH
+    predictions: Location | None = None
 
 
 def policy_methods(names: str | Sequence[str]) -> tuple[Method, ...]:
@@ -70,6 +77,7 @@ class PolicyExplainer(Fitting):
         self.targets = {target.name: target for target in spec.targets}
         self.policy, self.processor, self.tokenizer = load_replica_policy(policy)
         self.policy.model.set_attn_implementation(IMPLEMENTATION)  # plain SDPA while nothing watches
+        self.actions = {} if spec.predictions is None else _actions(spec.predictions)
 
     def attempt(self, frames: Sequence[Loaded], targets: Sequence[str]) -> list[Row]:
         """Rows of one batch of decoded samples and all targets, their maps written."""
@@ -81,6 +89,7 @@ class PolicyExplainer(Fitting):
             [frame.columns["instruction"] for frame in frames],
             folds_of(self.spec.methods),
             self.spec.strength,
+            self._bins(frames),
             pixels=any(method.name == GRADIENT for method in self.spec.methods),
         )
         rows, maps = [], []
@@ -97,6 +106,14 @@ class PolicyExplainer(Fitting):
                 rows.append({**row, "status": DEGENERATE if explained.is_degenerate(b) else OK})
                 maps += found
         return written(self.spec.run_dir, rows, maps)
+
+    def _bins(self, frames: Sequence[Loaded]) -> torch.Tensor | None:
+        """The predicted actions as bins [B, 2H]; None if one of them is unknown."""
+        found = [self.actions.get(frame.sample.frame_id) for frame in frames]
+        if any(actions is None for actions in found):
+            return None
+        steps = np.reshape(np.array(found, np.float64), (len(frames), -1, 2))
+        return torch.from_numpy(self.tokenizer.encode(steps))
 
     def failed(self, frame: Loaded, target: str, error_type: str, error: str) -> Row:
         """The row of a sample that cannot be explained."""
@@ -127,6 +144,15 @@ class PolicyExplainer(Fitting):
                 heat = assemble(visit.gradient_x_input(explained, b).cpu().numpy(), geometry)
                 maps.append(MadeMap(method, "none", heat))
         return [m.row(frame.sample.frame_id, frame.sample.scene, target.name) for m in maps]
+
+
+def _actions(run: Location) -> dict[str, list[float]]:
+    """Sample -> what an inference run predicted: centres of the bins that it chose. Empty where it took means."""
+    if (read_json(run / "run.json") or {}).get("settings", {}).get("decode") != "greedy":
+        return {}
+    table = read_metrics(run, ["frame_id", "target", "predicted"], PREDICTIONS)
+    rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
+    return {sample: actions for sample, variant, actions in rows if variant == GIVEN and actions}
 
 
 def about(frame: Loaded, target: Target) -> Row:

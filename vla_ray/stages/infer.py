@@ -12,6 +12,7 @@ import torch
 
 from vla_ray.models.paligemma.decode import Decoded
 from vla_ray.models.paligemma.noise import gumbel_noise
+from vla_ray.models.paligemma.steps import FixedSteps
 from vla_ray.schema import FAILED, GIVEN, OK, SKIPPED
 from vla_ray.stages.fitting import Fitting
 from vla_ray.stages.policy import PolicySpec, load_replica_policy
@@ -25,9 +26,11 @@ class InferSpec:
     Attributes:
         decode: greedy | expected, see config/infer.py.
         samples, temperature, seed: drawn predictions.
+        steps: growing | static | compiled, see models/paligemma/steps.py.
     """
 
     decode: str = "greedy"
+    steps: str = "growing"
     samples: int = 0
     temperature: float = 1.0
     seed: int = 0
@@ -41,6 +44,7 @@ class PredictReplica(Fitting):
         self.spec = spec
         self.policy, self.processor, self.tokenizer = load_replica_policy(policy)
         self.device = torch.device(policy.device)
+        self._steps: FixedSteps | None = None
 
     def attempt(self, frames: Sequence[Loaded], targets: Sequence[str]) -> list[Row]:
         rows = []
@@ -89,7 +93,16 @@ class PredictReplica(Fitting):
         if spec.samples:
             shape = (spec.samples, self.tokenizer.num_tokens, self.tokenizer.num_bins)
             noise = torch.from_numpy(gumbel_noise(names, spec.seed, *shape)).to(self.device)
-        return self.policy.decode(pixels, ids, mask, types, noise, spec.temperature)
+        steps = None if spec.steps == "growing" else self._fixed_steps(len(ids))
+        return self.policy.decode(pixels, ids, mask, types, noise, spec.temperature, steps)
+
+    def _fixed_steps(self, count: int) -> FixedSteps:
+        """Of one shape for all batches up to the largest so far, and any instruction."""
+        rows = count * (1 + self.spec.samples)
+        if self._steps is None or self._steps.rows < rows:
+            longest, tokens = self.processor.max_prompt_tokens, self.tokenizer.num_tokens
+            self._steps = FixedSteps(self.policy.model.model, rows, longest, tokens, self.spec.steps == "compiled")
+        return self._steps
 
     @staticmethod
     def _outcome(predicted: np.ndarray, probability: np.ndarray, entropy: np.ndarray) -> dict[str, Any]:

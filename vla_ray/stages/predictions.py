@@ -29,7 +29,7 @@ _DIGITS = 6  # of float32 numbers: more would be noise
 
 @dataclass(frozen=True, slots=True)
 class Overall:
-    """Of all samples with a prediction and a target; NaN without any. Over entries, and over (sample, step)."""
+    """Of all steps with a prediction and a target, NaN without any; `samples` is how many have such steps."""
 
     samples: int
     mse: float
@@ -50,6 +50,7 @@ def write_predictions(run: Location, num_steps: int, metadata: Mapping[str, str]
     write_atomic(run / PARQUET, lambda file: pq.write_table(table, file, compression="zstd"))
     given = table.filter(pc.equal(table["target"], GIVEN))
     predicted, target = (_steps(given[name], num_steps) for name in ("predicted", "actions"))
+    target[~_valid(given["valid"], num_steps)] = np.nan  # after the end of an episode nothing is right or wrong
     overall = _overall(predicted, target)
     frame = _frame(given, predicted, target, overall)
     write_atomic(run / CSV, lambda file: frame.to_csv(file, index=False, lineterminator="\n"))
@@ -63,14 +64,21 @@ def _steps(column: pa.ChunkedArray, num_steps: int) -> NDArray[np.float64]:
     return np.asarray(rows, np.float64).reshape(-1, num_steps, 2)
 
 
+def _valid(column: pa.ChunkedArray, num_steps: int) -> NDArray[np.bool_]:
+    """[N, H]; all steps of a sample that says nothing of them."""
+    every = [True] * num_steps
+    return np.asarray([row or every for row in column.to_pylist()], np.bool_).reshape(-1, num_steps)
+
+
 def _overall(predicted: NDArray[np.float64], target: NDArray[np.float64]) -> Overall:
-    known = np.isfinite(predicted).all((1, 2)) & np.isfinite(target).all((1, 2))
+    known = np.isfinite(predicted).all(-1) & np.isfinite(target).all(-1)  # [N, H]
     if not known.any():
         return Overall(0, *[float("nan")] * 4)
     error = predicted[known] - target[known]
     mse = float(np.square(error).mean())
     hit = np.linalg.norm(error, axis=-1) < THRESHOLD
-    return Overall(int(known.sum()), mse, float(np.abs(error).mean()), float(np.sqrt(mse)), float(hit.mean()))
+    samples = int(known.any(-1).sum())
+    return Overall(samples, mse, float(np.abs(error).mean()), float(np.sqrt(mse)), float(hit.mean()))
 
 
 def _frame(
@@ -97,6 +105,6 @@ def _frame(
 
 
 def _lists(values: NDArray[np.float64]) -> list[str | None]:
-    """Each sample's numbers as the original script wrote them, a list in brackets; None where there are none."""
+    """Each sample's numbers as the original script wrote them, a list in brackets; None where one is missing."""
     flat = values.reshape(len(values), -1).round(_DIGITS)
     return [None if np.isnan(row).any() else str(row.tolist()) for row in flat]

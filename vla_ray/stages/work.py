@@ -78,6 +78,7 @@ class Loaded:
 
     Attributes:
         columns: what its row will say of a sample, as read with it; JSON values.
+        stops: the error is the storage's, not the frame's: no row is kept, and the run stops.
     """
 
     frame: WorkFrame
@@ -87,6 +88,7 @@ class Loaded:
     error: str | None = None
     decode_s: float = 0.0
     columns: Mapping[str, Any] = field(default_factory=dict)
+    stops: bool = False
 
     @property
     def ref(self) -> FrameRef:
@@ -173,6 +175,9 @@ class Worker:
 
     def _process(self, loaded: Sequence[Loaded], targets: Sequence[str]) -> list[Row]:
         """Rows of every frame: undecodable ones fail, a batch that raises is tried frame by frame."""
+        for x in loaded:
+            if x.stops:
+                raise StorageError(x.error or "the storage failed")
         rows = [
             self.replica.failed(x, target, x.error_type, x.error or "")
             for x in loaded

@@ -87,13 +87,6 @@ def policy_acts(name: str) -> Acts | None:
     return _STEPS_ACT.get(_word(name))
 
 
-def policy_unit(name: str) -> str:
-    """Of a target's value."""
-    if name in POLICY_SCALARS:
-        return POLICY_SCALARS[name].unit
-    return "nats" if _word(name) == "token" else UNIT
-
-
 def tokens_read(target: Target, num_steps: int) -> slice:
     """Which of the 2 * num_steps action tokens a target reads."""
     if target.index is not None:

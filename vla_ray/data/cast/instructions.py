@@ -127,11 +127,16 @@ def permuted(instructions: Sequence[str], seed: int) -> list[str]:
     """Each place gets the instruction of another one, with another text wherever there is one."""
     order = np.random.default_rng(seed).permutation(len(instructions))
     shuffled = [instructions[i] for i in order]
+    # For each text where a partner to swap with was last found: few texts among many samples stay one pass each.
+    looked: dict[str, int] = {}
     for place, own in enumerate(instructions):
         if shuffled[place] != own:
             continue
-        for other, text in enumerate(shuffled):
-            if text != own and instructions[other] != own:
+        for other in range(looked.get(own, 0), len(shuffled)):
+            if shuffled[other] != own and instructions[other] != own:
                 shuffled[place], shuffled[other] = shuffled[other], shuffled[place]
+                looked[own] = other + 1
                 break
+        else:
+            looked[own] = len(shuffled)
     return shuffled

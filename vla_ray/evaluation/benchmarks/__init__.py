@@ -26,7 +26,7 @@ class Result(Protocol):
 BENCHES = {
     "relevance": "vla_ray.evaluation.benchmarks.relevance",
     "train": "vla_ray.pipelines.bench_train",
-    "infer": "vla_ray.evaluation.benchmarks.infer",
+    "infer": "vla_ray.pipelines.bench_infer",
 }
 
 

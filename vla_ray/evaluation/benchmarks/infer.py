@@ -21,6 +21,7 @@ from transformers import PaliGemmaForConditionalGeneration
 from vla_ray.config import BenchmarkConfig
 from vla_ray.errors import ConfigError
 from vla_ray.evaluation.benchmarks.interleaved import Side, Timing, interleave
+from vla_ray.evaluation.benchmarks.pipeline_cost import PipelineCost
 from vla_ray.evaluation.benchmarks.subjects import check_sizes
 from vla_ray.evaluation.benchmarks.table import Goal, aligned, context, goal_lines
 from vla_ray.evaluation.benchmarks.train import SIZES as TRAINING_SIZES
@@ -42,6 +43,7 @@ SIZES: dict[str, Mapping[str, int]] = {"tiny": {}, "mid": TRAINING_SIZES["mid"].
 JUDGED = ("tiny", FULL)  # mid size on a CPU is reported as it is: the prompt is all its work
 LARGE, FASTER = 32, 10.0  # at such a batch so many times as many samples per second as one by one
 _TOKENIZER = ActionTokenizer()
+_PIPELINES = "both sides read and decode samples, keep pictures, predict and commit rows; start-up is in neither"
 _RELEASED_IDS = SpecialIds(image=257152, pad=0, bos=2, eos=1, first_action=256000, placeholder=257024)
 
 Batch = dict[str, Any]  # tensors: what a policy is called with
@@ -184,10 +186,11 @@ class OfSize:
 
 @dataclass(frozen=True, slots=True)
 class InferCost:
-    """The result of the bench."""
+    """The result of the bench. `pipelines` is what pipelines/bench_infer.py adds."""
 
     context: Mapping[str, str]
     sizes: Sequence[OfSize]
+    pipelines: Sequence[PipelineCost] = ()
 
     @property
     def text(self) -> str:
@@ -197,6 +200,8 @@ class InferCost:
                 ", ".join(f"{key} {value}" for key, value in self.context.items()),
                 "inputs are ready on the device: no side reads or collates; generate is greedy, over the vocabulary",
                 *(line for size in self.sizes for line in ("", *size.lines)),
+                *(["", _PIPELINES] if self.pipelines else []),
+                *(line for cost in self.pipelines for line in ("", *cost.lines)),
             ]
         )
 
@@ -219,6 +224,7 @@ class InferCost:
                 }
                 for size in self.sizes
             },
+            "pipelines": {cost.name: cost.content for cost in self.pipelines},
         }
 
 

@@ -74,12 +74,12 @@ SIZES = {
 }
 
 
-def make_dataset(directory: Path) -> PreparedDataset:
+def make_dataset(directory: Path, pictures: int = PICTURES) -> PreparedDataset:
     """Rendered corridors, prepared as `jobs/prepare_cast.py` does."""
     directory.mkdir(parents=True)
     location, options = Location.of(directory), ReadOptions()
     preparer = ShardPreparer(location, options, row_group=64, read=corridors.read)
-    records = [preparer(shard) for shard in corridors.shards(train=PICTURES, val=8)]
+    records = [preparer(shard) for shard in corridors.shards(train=pictures, val=8)]
     write_json(location / DOCUMENT, build_document(records, "synthetic", options))
     return PreparedDataset.open(location)
 

@@ -11,7 +11,7 @@ from vla_ray.errors import DataError
 from vla_ray.evaluation.bootstrap import Estimate
 from vla_ray.evaluation.policy.figures import comparison
 from vla_ray.evaluation.policy.intervals import Resampler, wilcoxon_p
-from vla_ray.evaluation.policy.language import p_text
+from vla_ray.evaluation.policy.language import INDEPENDENT, p_text
 from vla_ray.evaluation.policy.metrics import BASELINES, Scores, score
 from vla_ray.evaluation.policy.metrics import score_all as score_with_baselines
 from vla_ray.evaluation.policy.predictions import Predictions, common_samples
@@ -45,7 +45,9 @@ class Comparison:
 
 
 def compare_predictions(many: Sequence[Predictions], out: Location) -> Comparison:
-    """Tables, figure and text of at least two sets. Targets, scale and recordings are those of the first that has them.
+    """Tables, figure and text of at least two sets.
+
+    Targets and the median step, scales, and recordings are those of the first that has them.
 
     Raises:
         DataError: fewer than two, no sample in common, other horizons, or no common sample that all predicted.
@@ -57,11 +59,11 @@ def compare_predictions(many: Sequence[Predictions], out: Location) -> Compariso
     base = sets[0]
     resampler = Resampler(next((p.groups for p in sets if p.groups is not None), base.sample_id))
     with_baselines = score_with_baselines(base)
-    scores = [with_baselines[""], *(score(p.predicted, p.target, p.valid, p.scale_m) for p in sets[1:])]
+    scores = [with_baselines[""], *(score(p.predicted, p.target, p.valid, p.scale_m, p.samples) for p in sets[1:])]
     summaries = [summarise({"": s, **{b: with_baselines[b] for b in BASELINES}}, resampler) for s in scores]
     differences = _differences(scores, resampler)
     counts = int(base.scored.sum())
-    tables = (_means(names, summaries, counts, many), _difference_table(names, scores, differences))
+    tables = (_means(names, summaries, base, many), _difference_table(names, scores, differences))
     means = {m: [s.estimates[""][m] for s in summaries] for m in DRAWN}
     beside = {b: {m: summaries[0].estimates[b][m] for m in DRAWN} for b in BASELINES}
     picture = comparison(names, means, beside, {m: differences[m] for m in DRAWN})
@@ -106,8 +108,11 @@ def _on_common_ground(many: Sequence[Predictions]) -> list[Predictions]:
     if not all_ok.any():
         raise DataError(f"no sample was predicted by all of {', '.join(str(p.location) for p in sets)}.")
     rows = np.flatnonzero(all_ok)
-    alike = [replace(p, target=truth.target, valid=valid, scale_m=scale) for p in sets]
-    return [p.take(rows) for p in alike]
+    step, source = truth.median_step, truth.median_from
+    return [
+        replace(p, target=truth.target, valid=valid, scale_m=scale, median_step=step, median_from=source).take(rows)
+        for p in sets
+    ]
 
 
 def _differences(scores: Sequence[Scores], resampler: Resampler) -> dict[str, list[Estimate]]:
@@ -123,7 +128,9 @@ def _differences(scores: Sequence[Scores], resampler: Resampler) -> dict[str, li
     return found
 
 
-def _means(names: Sequence[str], summaries: Sequence[Summary], count: int, many: Sequence[Predictions]) -> PlainTable:
+def _means(
+    names: Sequence[str], summaries: Sequence[Summary], base: Predictions, many: Sequence[Predictions]
+) -> PlainTable:
     rows: list[tuple[Cell, ...]] = []
     for metric, label in LABELS.items():
         own = [s.estimates[""].get(metric) for s in summaries]
@@ -131,7 +138,10 @@ def _means(names: Sequence[str], summaries: Sequence[Summary], count: int, many:
             beside = [summaries[0].estimates[b].get(metric) for b in BASELINES]
             rows.append((label, *("-" if e is None else show(e, 3) for e in (*own, *beside))))
     sizes = ", ".join(f"{len(p)} in {n}" for n, p in zip(names, many, strict=True))
-    note = f"{count} samples that all predicted ({sizes}). Mean [95 % interval]. Straight: median step of the first."
+    note = (
+        f"{len(base)} samples that all predicted ({sizes}). Mean [95 % interval]. "
+        f"Straight: ahead by {base.median_step:.2f} units a step, the median of {base.median_from}."
+    )
     return PlainTable("Side by side", note, ("metric", *names, *BASELINES), tuple(rows))
 
 
@@ -148,8 +158,8 @@ def _difference_table(
             rows.append((LABELS[metric], *cells))
     heads = [head for name in names[1:] for head in (f"{name} - {names[0]}", "p")]
     note = (
-        "Paired by sample; 0 outside the interval: they differ. p: signed-rank test over samples, which takes the "
-        "samples of a recording as independent. RMSE: of the roots of single samples."
+        "Paired by sample; 0 outside the interval: they differ. "
+        f"p: signed-rank test over samples, {INDEPENDENT}. RMSE: of the roots of single samples."
     )
     return PlainTable("Paired differences", note, ("metric", *heads), tuple(rows))
 

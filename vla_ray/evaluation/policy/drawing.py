@@ -37,6 +37,7 @@ COMMANDS = {
     "turn right": "#D55E00",
 }
 SIZES: dict[Any, Any] = {
+    "text.parse_math": False,  # instructions and names of runs are shown as they are, dollars included
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.spines.top": False,
@@ -90,7 +91,9 @@ def ground(axes: Axes, low: float, high: float, aside: float) -> None:
     axes.plot(0, 0, marker="^", color="0.6", ms=9, zorder=1.5)
     axes.grid(color="0.92", lw=0.8)
     axes.set_axisbelow(True)
-    step = next((s for s in (1, 2, 5, 10, 20, 50) if (high - low) / s <= 6), 100)
+    span = max(high - low, 2 * aside)
+    power = 10.0 ** max(0, np.floor(np.log10(span / 6)))
+    step = next(s for s in (power, 2 * power, 5 * power, 10 * power) if span / s <= 6)
     axes.set_yticks(np.arange(np.ceil(low / step) * step, high, step))
     ticks = np.arange(np.ceil(-aside / step) * step, aside, step)
     axes.set_xticks(ticks, [f"{abs(t):g}" for t in ticks])  # to either side: the axis says which is which

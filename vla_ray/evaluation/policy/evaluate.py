@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from vla_ray.evaluation.policy import figures
 from vla_ray.evaluation.policy.calibration import calibrate
 from vla_ray.evaluation.policy.intervals import Resampler
-from vla_ray.evaluation.policy.language import Language, follows_language, p_text
+from vla_ray.evaluation.policy.language import INDEPENDENT, Language, follows_language, p_text
 from vla_ray.evaluation.policy.metrics import Scores, score_all
-from vla_ray.evaluation.policy.predictions import Predictions
+from vla_ray.evaluation.policy.predictions import PICTURES, Predictions
 from vla_ray.evaluation.policy.report import (
     length_tables,
     report_text,
@@ -51,7 +51,11 @@ FIGURES = {
         "Errors",
         "Displacement of the predicted trajectory from the right one, beside standing still and going straight.",
     ),
-    "trajectory_examples.png": ("Examples", "The best, median and worst by ADE, and random ones."),
+    "trajectory_examples.png": (
+        "Examples",
+        "The best, median and worst by ADE, and random ones. Trajectories are beside the pictures, not in them: "
+        "no camera is known.",
+    ),
     "instruction_performance.png": ("By kind of instruction", "Mean and 95 % interval; baselines beside it."),
     "language_fan.png": ("Language", "The same picture with different instructions."),
 }
@@ -131,7 +135,7 @@ def evaluate_predictions(predictions: Predictions, out: Location, counterfactual
         if language is None:
             warnings.append(
                 "nothing shows whether instructions are followed: no other instructions were predicted. "
-                "Run python jobs/infer.py counterfactual=true"
+                "Run python jobs/evaluate.py results=... counterfactual=true"
             )
         else:
             tables += language.tables
@@ -168,9 +172,14 @@ def _warnings(p: Predictions) -> list[str]:
         found.append(f"{failed} of {len(p)} samples have no prediction" + (f", the first: {first}" if first else ""))
     if len(p) > int(np.isfinite(p.target).any(axis=(1, 2)).sum()) > 0:
         found.append(f"{int((~np.isfinite(p.target).any(axis=(1, 2))).sum())} of {len(p)} samples have no target")
-    missing = p.missing_pictures()
+    missing, elsewhere = p.missing_pictures()
     if missing:
         found.append(f"{missing} of {len(p)} pictures no longer exist where {p.location.name} says")
+    if elsewhere:
+        found.append(
+            f"{elsewhere} of {len(p)} pictures are not followed to, as {p.location.name} names them outside of its own "
+            f"directory; put them into {PICTURES}/ there"
+        )
     unscaled = int((p.scored & ~np.isfinite(p.scale_m)).sum())
     if unscaled:
         found.append(f"the scale of {unscaled} samples is unknown: they are left out of what is in metres")
@@ -183,7 +192,7 @@ def _with_side(table: PlainTable, side: Mapping[str, Any]) -> PlainTable:
         return table
     note = (
         f"{table.note} Right side: {side['right']} of {side['n']} samples that end at least {side['least_units']:g} "
-        f"unit to a side (against a coin p {p_text(side['p_coin'])}; always the likelier side: "
+        f"unit to a side (against a coin p {p_text(side['p_coin'])}, {INDEPENDENT}; always the likelier side: "
         f"{side['always_one_side']:.2f})."
     )
     return PlainTable(table.title, note, table.columns, table.rows)

@@ -127,7 +127,10 @@ def _shares(axes: Axes, scores: Mapping[str, Scores]) -> None:
 
 
 def instruction_performance(kinds: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """PNG, 1 x 2, for estimates of `summary.kind_table`: ADE, and whether turns go to the right side."""
+    """PNG, 1 x 2, for estimates of `summary.kind_table`: ADE, and whether turns go to the right side.
+
+    Baselines are hollow and a little above and below the policy, so that equal numbers do not hide one another.
+    """
     names = list(kinds)
     with plt.rc_context(SIZES):
         figure, (errors, sides) = plt.subplots(
@@ -137,7 +140,10 @@ def instruction_performance(kinds: Mapping[str, Mapping[str, Any]]) -> bytes:
         mean, low, high = ends_of([kinds[n]["ade"] for n in names])
         for b in BASELINES:
             base, _, _ = ends_of([kinds[n][f"ade {b}"] for n in names])
-            errors.plot(base, y, "D" if b == STRAIGHT else "s", color=BASELINE[b], ms=6, label=b, ls="none")
+            marker, aside = ("D", 0.2) if b == STRAIGHT else ("s", -0.2)
+            errors.plot(
+                base, y + aside, marker, color=BASELINE[b], mfc="none", mew=1.8, ms=6, label=b, ls="none", clip_on=False
+            )
         errors.errorbar(
             mean,
             y,

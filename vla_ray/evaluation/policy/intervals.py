@@ -61,7 +61,8 @@ class Resampler:
                 found.append(Estimate(mean, None, None, number, groups, "one recording: nothing to resample"))
                 continue
             low, high = np.quantile(drawn, tails)
-            found.append(Estimate(mean, float(low), float(high), number, groups))
+            # Rounding may put the mean of equal values outside; an error bar cannot be negative.
+            found.append(Estimate(mean, min(float(low), mean), max(float(high), mean), number, groups))
         return found
 
     def estimate(self, values: Floats, weights: Floats | None = None) -> Estimate:

@@ -1,6 +1,7 @@
 """Does the policy follow language? The same pictures with other instructions, compared.
 
-A policy that ignores words has language_use 0, no divergence, and scores at chance in every test. Ideas: permuted
+A policy that ignores words has language_use 0, no divergence, and scores at chance in every test: end points that are
+equal, as bins make them, count as often as a coin would put them in the right order. Ideas: permuted
 instructions as diff_l1 of catglossop/cast-vla, order and retrieval tests after the counterfactual pairs of CAST
 (arXiv 2508.13446). Every rate has its chance level, or the same test with the instructions exchanged, beside it.
 """
@@ -24,6 +25,7 @@ from vla_ray.evaluation.policy.summary import Cell, PlainTable, show
 
 Floats = NDArray[np.floating]
 SHRINKS = 0.25  # a stop ends at less than this share of the way that going forward takes
+INDEPENDENT = "which takes the samples of a recording as independent"  # what every p here has to say
 APART = 0.25  # units of ADE: targets of a counterfactual pair that are closer cannot be told apart
 
 
@@ -57,7 +59,11 @@ def follows_language(predictions: Predictions, resampler: Resampler) -> Language
     if np.isfinite(retrieved).any():
         values["retrieval"], chance["retrieval"] = retrieved, 0.5
         if "permuted" in p.variants:
-            values["retrieval_permuted"] = retrieval(p, p.variants["permuted"].predicted)
+            exchanged = retrieval(p, p.variants["permuted"].predicted)
+            both = np.isfinite(retrieved) & np.isfinite(exchanged)
+            if both.any():  # the two are only comparable on the same samples
+                values["retrieval"] = np.where(both, retrieved, np.nan)
+                values["retrieval_permuted"] = np.where(both, exchanged, np.nan)
     if values:
         found = resampler.estimates(np.stack(list(values.values()), axis=1))
         estimates |= dict(zip(values, found, strict=True))
@@ -73,25 +79,23 @@ def follows_language(predictions: Predictions, resampler: Resampler) -> Language
 def retrieval(predictions: Predictions, predicted: Floats) -> Floats:
     """[N] share of a sample's counterfactual partners whose target is farther from its prediction than its own.
 
-    Partners are samples of the same recording and step, which means the same picture, with another instruction and
-    with a target at least APART away; NaN where there are none. Chance is one half.
+    Partners are samples with the same picture, in whatever sub-dataset, with another instruction and with a target at
+    least APART away; NaN where there are none. What is equally far counts one half, which is also chance.
     """
     p = predictions
     found = np.full(len(p), np.nan)
-    if p.groups is None:
-        return found
     whole = np.asarray(p.valid.all(axis=1))
-    moments: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
-    for row, (group, t) in enumerate(zip(p.groups, p.t, strict=True)):
-        if t is not None and whole[row]:
-            moments[group, t].append(row)
-    for rows in moments.values():
+    seeing: defaultdict[str, list[int]] = defaultdict(list)
+    for row, picture in enumerate(p.picture_hash):
+        if picture and whole[row]:
+            seeing[picture].append(row)
+    for rows in seeing.values():
         for row in rows:
             others = [o for o in rows if p.instruction[o] != p.instruction[row]]
             others = [o for o in others if ade(p.target[o], p.target[row]) >= APART]
             if others and np.isfinite(predicted[row]).all():
                 own = ade(predicted[row], p.target[row])
-                found[row] = float((ade(predicted[row][None], p.target[others]) > own).mean())
+                found[row] = float(_greater(ade(predicted[row][None], p.target[others]), own).mean())
     return found
 
 
@@ -121,8 +125,9 @@ def _atomic(p: Predictions, chance: dict[str, float]) -> dict[str, Floats]:
     found: dict[str, Floats] = {}
     if {"turn left", "go forward", "turn right"} <= ends.keys():
         left, ahead, right = (ends[n][:, 1] for n in ("turn left", "go forward", "turn right"))
-        known = np.isfinite(left + ahead + right)
-        found["order"], chance["order"] = np.where(known, (left > ahead) & (ahead > right), np.nan), 1 / 6
+        ties = (left == ahead).astype(int) + (ahead == right)
+        share = np.where((left >= ahead) & (ahead >= right), np.array([1, 1 / 2, 1 / 6])[ties], 0)
+        found["order"], chance["order"] = np.where(np.isfinite(left + ahead + right), share, np.nan), 1 / 6
     if {"stop", "go forward"} <= ends.keys():
         found["stop_shrinks"] = _shrinks(ends["stop"], ends["go forward"])
         exchanged = np.stack([_shrinks(ends[a], ends[b]) for a, b in permutations(ends, 2)])
@@ -135,6 +140,11 @@ def _atomic(p: Predictions, chance: dict[str, float]) -> dict[str, Floats]:
         found["divergence_end"] = np.where(known, apart[..., -1].mean(0), np.nan)
         found["divergence_path"] = np.where(known, apart.mean((0, 2)), np.nan)
     return found
+
+
+def _greater(one: Floats, other: Floats) -> Floats:
+    """1 where one is greater, one half where both are equal, else 0."""
+    return (np.sign(one - other) + 1) / 2
 
 
 def _shrinks(stop: Floats, ahead: Floats) -> Floats:
@@ -157,12 +167,12 @@ def _opposite(p: Predictions, chance: dict[str, float]) -> dict[str, Floats]:
     stops = np.array([kind(text) == "stop" for text in p.instruction])
     started = np.array([kind(text) == "stop" for text in texts])
     one = known & (stops != started)
-    lengths = np.linalg.norm(ends, axis=1), np.linalg.norm(contrary, axis=1)
+    own, others = np.linalg.norm(ends, axis=1), np.linalg.norm(contrary, axis=1)
     chance |= {"opposite_order": 0.5, "opposite_shorter": 0.5}
     return {
-        "opposite_order": np.where(turned, apart > 0, np.nan),
+        "opposite_order": np.where(turned, _greater(apart, np.zeros_like(apart)), np.nan),
         "opposite_side": np.where(turned, np.sign(ends[:, 1]) * np.sign(contrary[:, 1]) < 0, np.nan),
-        "opposite_shorter": np.where(one, np.where(stops, lengths[0] < lengths[1], lengths[1] < lengths[0]), np.nan),
+        "opposite_shorter": np.where(one, np.where(stops, _greater(others, own), _greater(own, others)), np.nan),
     }
 
 
@@ -190,11 +200,12 @@ def _table(estimates: Mapping[str, Estimate], chance: Mapping[str, float], use_p
         if name == "opposite_side":
             beside = "-"
         rows.append((label, says, estimates[name].frames, show(estimates[name]), beside))
-    note = "Mean [95 % interval]. Without language: chance, or the same test with the instructions exchanged."
+    note = "Mean [95 % interval]. Without language: chance, or the same test with the instructions exchanged. "
+    note += "Ties in order, side by side and retrieval count as chance."
     if use_p is not None and "ade_permuted" in estimates:
         given, permuted = estimates["ade_given"], estimates["ade_permuted"]
         note += f" ADE {show(given)} with its own instruction, {show(permuted)} with another sample's"
-        note += f" (paired p {p_text(use_p)})."
+        note += f" (paired p {p_text(use_p)}: signed-rank test over samples, {INDEPENDENT})."
     return PlainTable(
         "Does it follow language?", note, ("test", "what", "n", "result", "without language"), tuple(rows)
     )

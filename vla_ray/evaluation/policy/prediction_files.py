@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vla_ray.errors import DataError
-from vla_ray.evaluation.policy.predictions import Floats, Predictions, Variant, median_step
+from vla_ray.evaluation.policy.predictions import Bools, Floats, Predictions, Variant, median_step
 from vla_ray.schema import GIVEN, OK, PREDICTIONS
 from vla_ray.storage.location import Location
 
@@ -29,6 +29,8 @@ CSV_NAME, PARQUET_NAME = "predictions.csv", "predictions.parquet"
 _REMEDY = "Give a predictions.csv or predictions.parquet of python jobs/infer.py, or its run directory."
 _MAKE = "Write it again with python jobs/infer.py."
 _MISSING = {"", "nan", "none", "null", "na", "n/a"}
+LIMIT = 1e6  # units: a number beyond is no action, and squared or drawn to scale it breaks what is measured with it
+_IMPOSSIBLE = f"a predicted number is beyond {LIMIT:,.0f} units"
 _TOLERANCE = 1e-4  # between the CSV's numbers and the Parquet file's
 
 
@@ -67,11 +69,17 @@ def read_predictions(path: Location | str) -> Predictions:
 
 
 def _same(one: Predictions, other: Predictions) -> bool:
+    """Whether a CSV says what the Parquet file beside it says: samples, instructions, predictions and targets."""
     rows = {name: i for i, name in enumerate(other.sample_id)}
     if set(one.sample_id) != set(rows) or one.num_steps != other.num_steps:
         return False
-    aligned = other.predicted[[rows[name] for name in one.sample_id]]
-    return bool(np.allclose(one.predicted, aligned, rtol=0, atol=_TOLERANCE, equal_nan=True))
+    aligned = other.take([rows[name] for name in one.sample_id])
+    # A CSV may leave out the targets of steps that do not count.
+    target = np.where(aligned.valid[..., None] | np.isfinite(one.target), aligned.target, np.nan)
+    numbers = ((one.predicted, aligned.predicted), (one.target, target))
+    return all(np.allclose(a, b, rtol=0, atol=_TOLERANCE, equal_nan=True) for a, b in numbers) and all(
+        a.split() == b.split() for a, b in zip(one.instruction, aligned.instruction, strict=True)
+    )
 
 
 def _name(place: Location) -> str:
@@ -91,6 +99,7 @@ def _read_csv(place: Location) -> Predictions:
         if "\0" in text:
             raise ValueError("it holds binary data")
         frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, skipinitialspace=True)
+        frame = frame.fillna("")  # a line that is too short has no text at all
     except (ValueError, csv.Error) as error:  # UnicodeDecodeError and pandas' ParserError are ValueErrors
         raise DataError(f"{place} is not a CSV file ({' '.join(str(error).split())}). {_REMEDY}") from error
     frame.columns = frame.columns.str.strip()
@@ -100,12 +109,12 @@ def _read_csv(place: Location) -> Predictions:
     ids = tuple(frame["sample_id"])
     _refuse_twice(place, ids)
     predicted = _csv_numbers(place, frame, "pred", steps)
-    predicted[~np.isfinite(predicted).all((1, 2))] = np.nan
+    impossible = _only_whole(predicted)
     target = np.full_like(predicted, np.nan)
     if "target_x_0" in frame:
         target = _csv_numbers(place, frame, "target", steps)
+    target[~(np.abs(target) <= LIMIT).all(axis=-1)] = np.nan  # also where only x or y is written
     valid = np.asarray(np.isfinite(target).all(axis=-1))
-    target[~valid] = np.nan
     if "image_path" in frame:
         paths = frame["image_path"]
     else:
@@ -115,14 +124,15 @@ def _read_csv(place: Location) -> Predictions:
         location=place,
         sample_id=ids,
         instruction=tuple(frame["instruction"]),
-        groups=None,
-        t=(None,) * len(ids),
+        dataset=(None,) * len(ids),
+        recording=(None,) * len(ids),
+        picture_hash=(None,) * len(ids),
         predicted=predicted,
         target=target,
         valid=valid,
         scale_m=np.full(len(ids), np.nan),
         image_path=tuple(path or None for path in paths),
-        error=(None,) * len(ids),
+        error=tuple(_IMPOSSIBLE if wrong else None for wrong in impossible),
         median_step=median_step(target, valid),
         median_from="the targets of this file",
     )
@@ -159,7 +169,7 @@ def _csv_numbers(place: Location, frame: pd.DataFrame, kind: str, steps: int) ->
     columns = [f"{kind}_{axis}_{k}" for k in range(steps) for axis in "xy"]
     numbers = np.empty((len(frame), len(columns)))
     for j, column in enumerate(columns):
-        text = frame[column].fillna("").str.strip()  # a line that is too short has no text at all
+        text = frame[column].str.strip()
         values = pd.to_numeric(text, errors="coerce").to_numpy(float)
         wrong = ~np.isfinite(values) & ~text.str.lower().isin(_MISSING).to_numpy()
         wrong &= ~text.str.lower().isin({"inf", "-inf", "infinity", "-infinity"}).to_numpy()
@@ -171,6 +181,14 @@ def _csv_numbers(place: Location, frame: pd.DataFrame, kind: str, steps: int) ->
             )
         numbers[:, j] = values
     return numbers.reshape(len(frame), steps, 2)
+
+
+def _only_whole(predicted: Floats) -> Bools:
+    """Make rows NaN that are no predictions. [N] which of them only because a number is beyond LIMIT."""
+    written = np.isfinite(predicted).all((1, 2))
+    impossible = written & (np.abs(predicted) > LIMIT).any((1, 2))
+    predicted[~written | impossible] = np.nan
+    return np.asarray(impossible)
 
 
 def _refuse_twice(place: Location, ids: Sequence[str]) -> None:
@@ -219,27 +237,31 @@ def _read_parquet(place: Location, shown_as: Location | None = None) -> Predicti
     count = len(ids)
     predicted = _matrix(place, "predicted", of["predicted"], 2 * steps).reshape(count, steps, 2)
     failed = np.array([s is not None and s != OK for s in of["status"]])
-    predicted[failed | ~np.isfinite(predicted).all((1, 2))] = np.nan
+    predicted[failed] = np.nan
+    impossible = _only_whole(predicted)
     target = _matrix(place, "actions", of["actions"], 2 * steps).reshape(count, steps, 2)
+    target[~(np.abs(target) <= LIMIT).all(axis=-1)] = np.nan
     valid = np.asarray(np.isfinite(target).all(axis=-1))
     valid &= _matrix(place, "valid", of["valid"], steps) != 0  # NaN where the file does not say
     number, source = _training_median(metadata), "the training data"
+    if "median_split" in metadata:
+        source = f"the split {metadata['median_split']}"
     if number is None:
         number, source = median_step(target, valid), "the targets of this file"
-    recordings = of["recording"]
     return Predictions(
         name=_name(shown_as or place),
         location=shown_as or place,
         sample_id=ids,
         instruction=tuple(text or "" for text in of["instruction"]),
-        groups=_groups(of["dataset"], recordings) if all(recordings) else None,
-        t=tuple(of["t"]),
+        dataset=tuple(of["dataset"]),
+        recording=tuple(of["recording"]),
+        picture_hash=tuple(of["picture"]),
         predicted=predicted,
         target=target,
         valid=valid,
         scale_m=np.array([np.nan if s is None else s for s in of["scale_m"]], float),
         image_path=tuple(of["image_path"]),
-        error=tuple(of["error"]),
+        error=tuple(_IMPOSSIBLE if wrong else text for wrong, text in zip(impossible, of["error"], strict=True)),
         median_step=number,
         median_from=source,
         probability=_optional(place, "probability", of["probability"], 2 * steps),
@@ -280,11 +302,8 @@ def _samples(place: Location, values: Sequence[list[float] | None], steps: int) 
     longest = max((len(v) for v in values if v), default=0)
     if not longest:
         return None
-    return _matrix(place, "samples", [v or None for v in values], longest).reshape(len(values), -1, steps, 2)
-
-
-def _groups(datasets: Sequence[str | None], recordings: Sequence[str]) -> tuple[str, ...]:
-    return tuple(f"{dataset or ''}/{recording}" for dataset, recording in zip(datasets, recordings, strict=True))
+    found = _matrix(place, "samples", [v or None for v in values], longest)
+    return np.where(np.abs(found) <= LIMIT, found, np.nan).reshape(len(values), -1, steps, 2)
 
 
 def _training_median(metadata: dict[str, str]) -> float | None:
@@ -292,7 +311,7 @@ def _training_median(metadata: dict[str, str]) -> float | None:
         number = float(metadata["median_step"])
     except (KeyError, ValueError):
         return None
-    return number if np.isfinite(number) else None
+    return number if abs(number) <= LIMIT else None
 
 
 def _variants(place: Location, rows: dict[str, list[Any]], ids: Sequence[str], steps: int) -> dict[str, Variant]:
@@ -309,7 +328,7 @@ def _variants(place: Location, rows: dict[str, list[Any]], ids: Sequence[str], s
         for i, values in zip(where, numbers.reshape(-1, steps, 2), strict=True):
             row = at[rows["frame_id"][i]]
             instructions[row] = rows["instruction"][i]
-            if rows["status"][i] in (None, OK) and np.isfinite(values).all():
+            if rows["status"][i] in (None, OK) and (np.abs(values) <= LIMIT).all():
                 predicted[row] = values
         found[name] = Variant(tuple(instructions), predicted)
     return found

@@ -13,12 +13,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_ray.data.cast.scales import group_of
 from vla_ray.data.images import decode_rgb
 from vla_ray.errors import DataError, ImageError, StorageError
 from vla_ray.storage.location import Location
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+
+PICTURES = "images"  # the directory beside a file in which its pictures may lie
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +44,18 @@ class Predictions:
     Attributes:
         name: for tables: of the run, or of the file if it lies in none.
         location: of the file that was read.
-        groups: what samples belong together: the recording; None if it is unknown.
+        dataset, recording: of each sample; None if unknown.
+        picture_hash: samples with the same one see the same picture; None if unknown.
         predicted: [N, H, 2]; a row of NaN where there is no (whole) prediction.
         target: [N, H, 2]; NaN where there is none, also at single steps.
         valid: [N, H]; False after the end of the episode and where there is no target.
         scale_m: [N] metres per unit; NaN if unknown.
-        image_path: as written.
+        image_path: as written; only followed to what lies beside the file.
         error: what a failed sample says of itself.
         probability, entropy: [N, 2H] of the chosen bins, in the order x0 y0 x1 y1 ...; entropy in nats.
         samples: [N, K, H, 2], K sampled predictions.
         median_step: units, the step of the baseline that goes straight; 0 if nothing tells.
-        median_from: where it is from.
+        median_from: whose median it is.
         metadata: of the Parquet file: decode, num_bins, checkpoint, dataset ...
     """
 
@@ -59,8 +63,9 @@ class Predictions:
     location: Location
     sample_id: tuple[str, ...]
     instruction: tuple[str, ...]
-    groups: tuple[str, ...] | None
-    t: tuple[int | None, ...]
+    dataset: tuple[str | None, ...]
+    recording: tuple[str | None, ...]
+    picture_hash: tuple[str | None, ...]
     predicted: Floats
     target: Floats
     valid: Bools
@@ -84,6 +89,16 @@ class Predictions:
         return self.predicted.shape[1]
 
     @property
+    def groups(self) -> tuple[str, ...] | None:
+        """What belongs together: the drive, whatever sub-dataset names it; None if no sample knows its own.
+
+        A sample without a recording stands for itself.
+        """
+        if not any(self.recording):
+            return None
+        return tuple(group_of(r) if r else name for r, name in zip(self.recording, self.sample_id, strict=True))
+
+    @property
     def predicted_ok(self) -> Bools:
         """[N] whether there is a prediction."""
         return np.asarray(np.isfinite(self.predicted).all(axis=(1, 2)))
@@ -94,7 +109,10 @@ class Predictions:
         return np.asarray(self.predicted_ok & self.valid.any(axis=1))
 
     def with_variants(self, other: Predictions) -> Predictions:
-        """The same with the variants of another file, which may have some of the samples only."""
+        """The same with the variants of another file, which may have some of the samples only.
+
+        Sample by sample: what was already predicted for a variant stays.
+        """
         place = {name: i for i, name in enumerate(other.sample_id)}
         rows = [place.get(name) for name in self.sample_id]
         known = np.array([i for i, row in enumerate(rows) if row is not None], int)
@@ -102,8 +120,12 @@ class Predictions:
         for name, variant in other.variants.items():
             predicted = np.full_like(self.predicted, np.nan)
             predicted[known] = variant.predicted[[row for row in rows if row is not None]]
-            texts = tuple(None if row is None else variant.instructions[row] for row in rows)
-            found[name] = Variant(texts, predicted)
+            texts = [None if row is None else variant.instructions[row] for row in rows]
+            if (own := self.variants.get(name)) is not None:
+                kept = np.isfinite(own.predicted).all(axis=(1, 2)) | np.array([text is None for text in texts])
+                predicted[kept] = own.predicted[kept]
+                texts = [own.instructions[i] if kept[i] else text for i, text in enumerate(texts)]
+            found[name] = Variant(tuple(texts), predicted)
         return replace(self, variants={**self.variants, **found})
 
     def take(self, rows: Sequence[int] | NDArray[np.integer], name: str | None = None) -> Predictions:
@@ -116,26 +138,24 @@ class Predictions:
         def pick(values: Sequence) -> tuple:
             return tuple(values[i] for i in index)
 
-        return Predictions(
-            self.name if name is None else name,
-            self.location,
-            pick(self.sample_id),
-            pick(self.instruction),
-            None if self.groups is None else pick(self.groups),
-            pick(self.t),
-            self.predicted[index],
-            self.target[index],
-            self.valid[index],
-            self.scale_m[index],
-            pick(self.image_path),
-            pick(self.error),
-            self.median_step,
-            self.median_from,
-            some(self.probability),
-            some(self.entropy),
-            some(self.samples),
-            {k: Variant(pick(v.instructions), v.predicted[index]) for k, v in self.variants.items()},
-            self.metadata,
+        return replace(
+            self,
+            name=self.name if name is None else name,
+            sample_id=pick(self.sample_id),
+            instruction=pick(self.instruction),
+            dataset=pick(self.dataset),
+            recording=pick(self.recording),
+            picture_hash=pick(self.picture_hash),
+            predicted=self.predicted[index],
+            target=self.target[index],
+            valid=self.valid[index],
+            scale_m=self.scale_m[index],
+            image_path=pick(self.image_path),
+            error=pick(self.error),
+            probability=some(self.probability),
+            entropy=some(self.entropy),
+            samples=some(self.samples),
+            variants={k: Variant(pick(v.instructions), v.predicted[index]) for k, v in self.variants.items()},
         )
 
     def picture(self, row: int) -> NDArray[np.uint8] | None:
@@ -150,32 +170,43 @@ class Predictions:
         return None
 
     def place(self, row: int) -> Location | None:
-        """Of a sample's picture; None if there is none, or no longer."""
-        return next((place for place in self._places(row) if place.exists()), None)
+        """Of a sample's picture; None if there is none, or no longer, or it cannot be looked at."""
+        for place in self._places(row):
+            with suppress(StorageError):
+                if place.exists():
+                    return place
+        return None
 
-    def missing_pictures(self) -> int:
-        """How many pictures are named and do not exist. Each directory is listed once."""
+    def missing_pictures(self) -> tuple[int, int]:
+        """How many named pictures do not exist beside the file, and how many others lie elsewhere: see _places.
+
+        Each directory is listed once.
+        """
         names: dict[Location, set[str]] = {}
-        missing = 0
-        for row in range(len(self)):
+        missing = elsewhere = 0
+        for row, path in enumerate(self.image_path):
             places = self._places(row)
             for place in places:
                 if place.parent not in names:
                     names[place.parent] = _names(place.parent)
-            missing += bool(places) and not any(place.name in names[place.parent] for place in places)
-        return missing
+            if path and not any(place.name in names[place.parent] for place in places):
+                inside = _below(self.location.parent, path) is not None
+                missing, elsewhere = missing + inside, elsewhere + (not inside)
+        return missing, elsewhere
 
     def _places(self, row: int) -> list[Location]:
-        """Where a picture may be: relative to the file that names it, else the path as it stands."""
-        path = self.image_path[row]
+        """Where a picture may be: in the directory of the file that names it, or by its name in PICTURES there.
+
+        No path is followed to anywhere else: whoever wrote the file could have any picture that the reader of a report
+        has access to copied into it.
+        """
+        path, home = self.image_path[row] or "", self.location.parent
+        parts = (_below(home, path), f"{PICTURES}/{path.rpartition('/')[2]}")
         places: list[Location] = []
-        if not path:
-            return places
-        with suppress(StorageError):  # a path with `..` is only taken as it stands
-            if "://" not in path and not path.startswith("/"):
-                places.append(self.location.parent / path)
-        with suppress(StorageError):
-            places.append(Location.of(path))
+        for part in dict.fromkeys(parts):
+            with suppress(StorageError):
+                if path and part is not None:
+                    places.append(home / part)
         return places
 
 
@@ -202,6 +233,13 @@ def common_samples(many: Sequence[Predictions]) -> list[Predictions]:
             "Compare predictions of the same split of the same dataset."
         )
     return [p.take([r[name] for name in ids]) for p, r in zip(many, rows, strict=True)]
+
+
+def _below(home: Location, path: str) -> str | None:
+    """A relative path, or one that begins with this directory, from there; None if it leads anywhere else."""
+    rest = (path.removeprefix("file://") if home.is_local else path).removeprefix(f"{str(home).rstrip('/')}/")
+    names = [name for name in rest.split("/") if name not in ("", ".")]
+    return None if rest.startswith("/") or "://" in rest or ".." in names else "/".join(names)
 
 
 def _names(directory: Location) -> set[str]:

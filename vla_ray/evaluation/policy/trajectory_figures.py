@@ -54,7 +54,10 @@ def choose_examples(predictions: Predictions, ade: Floats, seed: int = 0) -> dic
 
 
 def trajectory_examples(predictions: Predictions, ade: Floats) -> bytes | None:
-    """PNG: rows of best, median, worst and random samples. None if nothing was predicted."""
+    """PNG: rows of best, median, worst and random samples. None if nothing was predicted.
+
+    Trajectories lie beside the picture: no camera is known that would say where in it they are.
+    """
     p = predictions
     chosen = choose_examples(p, ade)
     if not chosen:

@@ -83,6 +83,11 @@ class Processor:
         size, tokens = _image_sizes(directory)
         return Processor(tokenizer, _special_ids(tokenizer, directory), size, tokens, max_text_length)
 
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Of the longest prompt there can be, its picture included."""
+        return self.image_tokens + 1 + self.max_text_length + len(self._newline)
+
     def prompt_ids(self, instruction: str) -> tuple[int, ...]:
         """`<image>`*N `<bos>` text newline. At most `max_text_length` tokens of text.
 

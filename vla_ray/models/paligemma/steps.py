@@ -51,7 +51,7 @@ class FixedSteps:
         num_tokens: T, that follow a prompt.
         compiled: by torch.compile, once, when it is first used. For GPUs.
         """
-        self._model, self._rows, self._length = model, rows, length
+        self._model, self.rows, self._length = model, rows, length
         self._size = length + num_tokens - 1
         # A layer that slides (PaliGemma 2) has a window longer than any prompt, so all may be plain ones.
         self._layers: list[Any] = [StaticLayer(self._size) for _ in range(model.config.text_config.num_hidden_layers)]
@@ -61,16 +61,16 @@ class FixedSteps:
     def begin(self, cache: Any, mask: Tensor, place: Tensor) -> None:
         """As GrowingSteps.begin. ValueError if the prompts are too many or too long."""
         count, length = mask.shape
-        if count > self._rows or length > self._length:
-            raise ValueError(f"{count} prompts of {length} tokens; made for {self._rows} of {self._length}")
+        if count > self.rows or length > self._length:
+            raise ValueError(f"{count} prompts of {length} tokens; made for {self.rows} of {self._length}")
         for own, read in zip(self._layers, cache.layers, strict=True):
             if not own.is_initialized:
-                shape = (self._rows, *read.keys.shape[1:])
+                shape = (self.rows, *read.keys.shape[1:])
                 own.lazy_initialization(read.keys[:1].expand(shape), read.values[:1].expand(shape))
             own.keys[:count, :, self._length - length : self._length] = read.keys
             own.values[:count, :, self._length - length : self._length] = read.values
             own.cumulative_length.fill_(self._length)
-        rest, more = self._rows - count, self._size - self._length
+        rest, more = self.rows - count, self._size - self._length
         self._count = count
         # To the right all that will be written, which is not seen before: steps are causal. Below, rows of nothing.
         self._mask = functional.pad(functional.pad(mask, (self._length - length, 0, 0, rest)), (0, more), value=1)
@@ -78,7 +78,7 @@ class FixedSteps:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """As GrowingSteps."""
-        tokens = functional.pad(tokens, (0, 0, 0, self._rows - self._count))
+        tokens = functional.pad(tokens, (0, 0, 0, self.rows - self._count))
         self._place = self._place + 1
         return self._step(self._model, self._cache, tokens, self._mask, self._place)[: self._count]
 

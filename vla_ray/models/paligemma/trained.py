@@ -56,8 +56,8 @@ def find_checkpoint(name: str, tokenizers: str | None = None) -> Path:
     return directory
 
 
-def newest_tiny(runs: str | Path) -> Path | None:
-    """The newest training run of the tiny model that has learnt something, None if there is none."""
+def newest_tiny(runs: str | Path, num_steps: int) -> Path | None:
+    """The newest training run of the tiny model that has learnt actions of so many steps, None if there is none."""
     found = []
     directory = Path(runs)
     for run in sorted(directory.iterdir()) if directory.is_dir() else []:
@@ -65,7 +65,7 @@ def newest_tiny(runs: str | Path) -> Path | None:
             continue
         document = read_json(Location.of(run) / "run.json") or {}
         settings = document.get("settings", {})
-        if (settings.get("job"), settings.get("model.name")) == ("train", "tiny"):
+        if [settings.get(n) for n in ("job", "model.name", "action.num_steps")] == ["train", "tiny", num_steps]:
             found.append((document["updated"], run))
     return max(found)[1] if found else None
 
