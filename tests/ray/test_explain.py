@@ -131,10 +131,10 @@ def levels(
     online = explaining(root / "action", scene_dir=str(scenes), run="online", methods=methods, **ASKED["action"])
     run = runs["action"]["online"]
 
-    def second_fails(run_dir: Location, committed: Any) -> str:
+    def second_fails(run_dir: Location, committed: Any, schema: Any) -> str:
         if {row["frame_id"] for row in committed} == set(FRAMES[2:]):
             raise StorageError("no space left on device. Make room.")
-        return commit(run_dir, committed)
+        return commit(run_dir, committed, schema)
 
     with in_process(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("vla_ray.stages.work.commit", second_fails)

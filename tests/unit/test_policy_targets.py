@@ -105,5 +105,3 @@ def test_what_acts() -> None:
     for name in ("forward_progress", "x_0"):
         assert acting_direction(name, 3.0) == "negative", "what holds it back, as for a driver's progress"
     assert acting_direction("token_3", -5.0) == "positive"
-
-
