@@ -13,9 +13,11 @@ import pytest
 from vla_ray.config import EvaluateConfig, InferConfig, PolicyExplainConfig
 from vla_ray.config.infer import TrainedModelConfig
 from vla_ray.errors import DataError, RunError, TargetError
+from vla_ray.pipelines.captured import read_captured
 from vla_ray.pipelines.evaluate import evaluate
 from vla_ray.pipelines.explain_policy import explain_policy
 from vla_ray.pipelines.infer import infer
+from vla_ray.report.build import build_report
 from vla_ray.schema import MAPS, PREDICTIONS
 from vla_ray.storage.files import Location
 from vla_ray.storage.fragments import read_rows
@@ -98,6 +100,15 @@ def test_a_run_of_another_kind(tmp_path: Path, asking: Asking) -> None:
     (tmp_path / "r/run.json").write_text(json.dumps(document))
     with pytest.raises(RunError, match=r"is a run of capture, not of infer\. Give the run=NAME of a run of jobs/infer"):
         explain_policy(asking())
+
+
+def test_jobs_of_the_driving_model_say_where_to_go(tmp_path: Path, asking: Asking, in_process: Any) -> None:
+    with pytest.raises(RunError, match=r"is a run of infer, not of capture.* model=paligemma-tiny run=NAME"):
+        read_captured(Location.of(tmp_path / "r"))
+    with in_process():
+        assert explain_policy(asking(samples=1)) == 0
+    with pytest.raises(RunError, match=r"explains a policy, .* python jobs/evaluate\.py results="):
+        build_report(Location.of(tmp_path / "r"))
 
 
 def test_other_instructions_are_asked_once(

@@ -70,7 +70,10 @@ def read_captured(location: Location, job: str = "capture") -> Captured | None:
     found = document.get("settings", {}).get("job")
     if found != job:
         setting = "run" if job == "capture" else "maps"
-        raise RunError(f"{location} is a run of {found}, not of {job}. Give the {setting}=NAME of a run of {job}.")
+        hint = " A policy is explained by jobs/explain.py model=paligemma-tiny run=NAME." if found == "infer" else ""
+        raise RunError(
+            f"{location} is a run of {found}, not of {job}. Give the {setting}=NAME of a run of {job}.{hint}"
+        )
     table = read_metrics(location, ["frame_id", "target", "frame"])
     if not table.num_rows:
         raise RunError(f"{location} has no rows yet. Finish it first: run {job} again.")

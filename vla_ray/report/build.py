@@ -45,6 +45,10 @@ def build_report(
     document = read_json(run / maps / "run.json")
     if document is None:
         raise RunError(f"{run / maps} holds no maps. Make them first: python jobs/explain.py run={run.name}")
+    if document["settings"].get("job") == "explain_policy":
+        raise RunError(
+            f"{run / maps} explains a policy, whose page another job writes: python jobs/evaluate.py results={run}"
+        )
     names, target = document["settings"]["methods"], document["fingerprint"]["targets"][0]
     drawn, rows = 0, list[SheetRow]()
 
