@@ -230,6 +230,16 @@ def test_all_files(tmp_path: Path) -> None:
     assert all(len(row) == len(t.columns) for t in result.tables for row in t.rows)
 
 
+def test_the_best_of_draws_stands_beside_the_baselines(tmp_path: Path) -> None:
+    p = make(tmp_path, TEXTS)
+    draws = np.stack([p.target + 1, p.target + 0.1], axis=1)
+    result = evaluate_predictions(replace(p, samples=draws), Location.of(tmp_path / "evaluation"))
+    rows = {str(row[0]): row for row in result.tables[0].rows}
+    (drawn,) = (row for label, row in rows.items() if label.startswith("minADE"))
+    assert drawn[3:] == rows["ADE, units"][3:], "a baseline has one trajectory"
+    assert str(drawn[2]).startswith("0.283")  # sqrt(2) * 0.1 * the mean of 1 .. 3
+
+
 @pytest.mark.parametrize("what", ["one sample", "standing", "no targets", "nothing predicted", "padded"])
 def test_odd_inputs(tmp_path: Path, what: str) -> None:
     p = make(tmp_path, TEXTS)

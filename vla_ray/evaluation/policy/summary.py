@@ -5,7 +5,7 @@ A table is plain (title, note, columns, rows), as reports take it; estimates sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
@@ -96,7 +96,8 @@ def summary_table(summary: Summary, predictions: Predictions) -> PlainTable:
                     label,
                     own.frames,
                     show(own, 3),
-                    *(show(summary.estimates[b][name], 3) for b in _having(summary, name)),
+                    # A baseline has one trajectory, which is the best of its draws.
+                    *(show(summary.estimates[b]["ade" if name == "min_ade" else name], 3) for b in BASELINES),
                 )
             )
     step = f"{p.median_step:.2f} units a step, the median of {p.median_from}"
@@ -198,10 +199,6 @@ def _step_mean(values: Floats) -> Floats:
     known = np.isfinite(values)
     count = known.sum(1)
     return np.where(count > 0, np.where(known, values, 0).sum(1) / np.maximum(count, 1), np.nan)
-
-
-def _having(summary: Summary, metric: str) -> Sequence[str]:
-    return [b for b in BASELINES if metric in summary.estimates[b]]
 
 
 def _what(predictions: Predictions) -> str:
