@@ -89,7 +89,7 @@ def test_dry_run_says_what_would_be_asked(here: Here, corridors: Path, policy_di
     settings = (f"source={corridors}", f"model.name={policy_dir}", f"output_dir={tmp_path / 'out'}", "dry_run=true")
     ended = here("infer", *settings, "instructions=[atomic]", "limit=7")
     assert ended.code == 0
-    assert "7 samples in 1 sub-datasets, variants: given, go forward, stop, turn left" in ended.out
+    assert "7 samples in 1 sub-datasets, instructions: given, go forward, stop, turn left" in ended.out
     assert "49 are to do" in ended.out
     assert not (tmp_path / "out").exists()
 

@@ -49,7 +49,7 @@ class Job:
         checkpoints: `file_identity` of the files that results depend on.
         mode: part of the output directories' names.
         schema: of the rows.
-        unit: what its frames are called when they are counted.
+        key: what the two parts of a row's key are called.
         directory: of all heavy results, relative to the run; empty: the run itself; None: one for each scene.
         names: setting -> value of what names the run on the command line, its own name last; empty: run=<run>.
     """
@@ -67,7 +67,7 @@ class Job:
     retry_failed: bool = False
     wandb: WandbConfig = field(default_factory=WandbConfig)
     schema: pa.Schema = METRICS
-    unit: str = "frames"
+    key: tuple[str, str] = ("frame", "target")
     directory: str | None = None
     names: Mapping[str, str] = field(default_factory=dict)
 
@@ -168,12 +168,11 @@ class Driver:
         rows = [(f.frame_id, t) for f in self.job.frames for t in self.job.targets]
         left = sum(key not in done for key in rows)
         scenes = len({f.scene for f in self.job.frames})
-        kind = "scenes" if self.job.directory is None else "sub-datasets"
-        targets = "targets" if self.job.directory is None else "variants"
+        unit, target = self.job.key
+        kind = "scenes" if unit == "frame" else "sub-datasets"
         lines = [
             f"dry run of {self.location}",
-            f"  {len(self.job.frames):,} {self.job.unit} in {scenes:,} {kind}, "
-            f"{targets}: {', '.join(self.job.targets)}",
+            f"  {len(self.job.frames):,} {unit}s in {scenes:,} {kind}, {target}s: {', '.join(self.job.targets)}",
             f"  {len(rows) - left:,} rows are done, {left:,} are to do",
             *(f"  {fact}" for fact in facts),
         ]
@@ -244,7 +243,7 @@ class Driver:
             {**self.job.settings, "targets": list(self.job.targets)},
             self._local_files(),
         )
-        progress = Progress(todo.rows, self.job.unit if len(self.job.targets) == 1 else "rows")
+        progress = Progress(todo.rows, f"{self.job.key[0]}s" if len(self.job.targets) == 1 else "rows")
         waiting: list[str] = []
         folded, folded_rows = time.monotonic(), 0
         with tracker:
@@ -314,7 +313,7 @@ class Driver:
         lines = [
             f"{self.job.name} {self.job.run}: {total:,} rows{took} ({parts})",
             f"  results  {self.location}",
-            f"  metrics  {self.location / 'metrics'}  (Parquet, one row per {self._row})",
+            f"  metrics  {self.location / 'metrics'}  (Parquet, one row per {' and '.join(self.job.key)})",
             f"  look     {shlex.join(['python', 'jobs/show.py', f'path={self.location}'])}",
         ]
         rate = failed / total if total else 0.0
@@ -344,10 +343,6 @@ class Driver:
 
     def _local_files(self) -> Path:
         return self.location.local_path if self.location.is_local else Path.cwd()
-
-    @property
-    def _row(self) -> str:
-        return "frame and target" if self.job.directory is None else "sample and instruction"
 
     @property
     def resume_command(self) -> str:

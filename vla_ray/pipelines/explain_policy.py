@@ -128,7 +128,7 @@ def _job(
         max_error_rate=config.max_error_rate,
         retry_failed=config.retry_failed,
         wandb=config.wandb,
-        unit="samples",
+        key=("sample", "target"),
         directory="",
     )
 

@@ -195,7 +195,7 @@ def _job(
         retry_failed=config.retry_failed,
         wandb=config.wandb,
         schema=PREDICTIONS,
-        unit="samples",
+        key=("sample", "instruction"),
         directory=IMAGES,
     )
 

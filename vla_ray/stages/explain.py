@@ -7,8 +7,9 @@ the visit's folds or from the payload; every other method asks the model about c
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vla_ray.data.tiles import TileGeometry
@@ -70,13 +71,8 @@ class OnlineExplainer(ModelReplica):
                     "backward_s": explained.seconds / len(frames),
                 }
                 row = {**about(frame, target), **shared[b], **columns}
-                try:
-                    check_finite(explained, b)
-                    found = [] if explained.is_degenerate(b) else self._maps(visit, explained, b, frame)
-                except (TargetError, NonFiniteTarget) as e:
-                    rows.append(failed(row, type(e).__name__, str(e)))
-                    continue
-                rows.append({**row, "status": DEGENERATE if explained.is_degenerate(b) else OK})
+                row, found = with_maps(row, explained, b, partial(self._maps, visit, explained, b, frame))
+                rows.append(row)
                 maps += found
         return written(self.spec.run_dir, rows, maps)
 
@@ -98,6 +94,17 @@ class OnlineExplainer(ModelReplica):
         )
         maps += pixel_maps(self.spec.methods, question, frame.tiles, frame.geometry, self.spec.pixels)
         return [m.row(ref.frame_id, ref.scene, target.name) for m in maps]
+
+
+def with_maps(row: Row, explained: Explained, b: int, make: Callable[[], list[Row]]) -> tuple[Row, list[Row]]:
+    """A frame's row with how it ended, and its maps: none if its scalar has no gradient, or if they cannot be made."""
+    try:
+        check_finite(explained, b)
+        if explained.is_degenerate(b):
+            return {**row, "status": DEGENERATE}, []
+        return {**row, "status": OK}, make()
+    except (TargetError, NonFiniteTarget) as e:
+        return failed(row, type(e).__name__, str(e)), []
 
 
 class PayloadExplainer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,10 @@ from vla_ray.errors import TargetError, nearest
 from vla_ray.explain.chain import STRENGTH
 from vla_ray.explain.heatmap import assemble
 from vla_ray.explain.methods import METHODS, Method, folds_of, parse_methods
-from vla_ray.schema import DEGENERATE, GIVEN, OK, PREDICTIONS
-from vla_ray.stages.capture import check_finite
+from vla_ray.schema import GIVEN, PREDICTIONS
+from vla_ray.stages.explain import with_maps
 from vla_ray.stages.fitting import Fitting
 from vla_ray.stages.maps import MadeMap, fold_maps, written
-from vla_ray.stages.payloads import NonFiniteTarget
 from vla_ray.stages.policy import PolicySpec, load_replica_policy
 from vla_ray.stages.policy_visit import PolicyVisit
 from vla_ray.stages.replica import failed
@@ -97,13 +97,8 @@ class PolicyExplainer(Fitting):
             explained = visit.explain(self.targets[name], keep_graph=i + 1 < len(targets))
             for b, frame in enumerate(frames):
                 row = {**about(frame, self.targets[name]), **self._columns(visit, explained, b)}
-                try:
-                    check_finite(explained, b)
-                    found = [] if explained.is_degenerate(b) else self._maps(visit, explained, b, frame)
-                except (TargetError, NonFiniteTarget) as e:
-                    rows.append(failed(row, type(e).__name__, str(e)))
-                    continue
-                rows.append({**row, "status": DEGENERATE if explained.is_degenerate(b) else OK})
+                row, found = with_maps(row, explained, b, partial(self._maps, visit, explained, b, frame))
+                rows.append(row)
                 maps += found
         return written(self.spec.run_dir, rows, maps)
 
